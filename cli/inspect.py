@@ -1,0 +1,68 @@
+"""``quantkit inspect``: what a quantised checkpoint holds, layer by layer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EXAMPLES = """Examples:
+
+quantkit inspect out
+
+quantkit inspect out --sort error --json
+"""
+
+
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="folder written by `quantkit quantize`")],
+    sort: Annotated[str, typer.Option(help="model (order in the model), error (worst first) or size")] = "model",
+    as_json: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
+) -> None:
+    """Per-layer table of a quantised checkpoint: scheme, bits per weight as stored, size, weight error."""
+    from quantkit.cli.console import size, table
+    from quantkit.formats.inspect import inspect_checkpoint
+
+    if sort not in ("model", "error", "size"):
+        raise typer.BadParameter(f"'{sort}' is not one of model, error, size", param_hint="--sort")
+    report = inspect_checkpoint(folder)
+    layers = list(report.layers)
+    if sort == "error":
+        layers.sort(key=lambda layer: -(layer.error or 0))
+    elif sort == "size":
+        layers.sort(key=lambda layer: -layer.stored_bytes)
+    if as_json:
+        rows = [
+            {
+                "name": layer.name,
+                "shape": [layer.out_features, layer.in_features],
+                "format": layer.format.model_dump(mode="json"),
+                "bits_per_weight": layer.bits_per_weight,
+                "bytes": layer.stored_bytes,
+                "error": layer.error,
+            }
+            for layer in layers
+        ]
+        summary = {"quant_method": report.method, "bits_per_weight": report.bits_per_weight, "bytes": report.total_bytes}
+        print(json.dumps(summary | {"layers": rows}, indent=2))
+        return
+    table(
+        ["layer", "out x in", "stored as", "bits/weight", "size", "weight error"],
+        [
+            [
+                layer.name,
+                f"{layer.out_features} x {layer.in_features}",
+                layer.format.describe(),
+                f"{layer.bits_per_weight:.3f}",
+                size(layer.stored_bytes),
+                "-" if layer.error is None else f"{layer.error:.2%}",
+            ]
+            for layer in layers
+        ],
+    )
+    print(
+        f"{len(layers)} quantised linears ({report.method}) at {report.bits_per_weight:.3f} bits per weight; "
+        f"checkpoint {size(report.total_bytes)}"
+    )

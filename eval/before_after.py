@@ -1,0 +1,108 @@
+"""Perplexity before and after quantising, every step through the command line in a process of its own.
+
+    python -m quantkit.eval.before_after demo --text demo --method rtn --method sinq --scheme W3A16G64
+
+Quantising, reloading and measuring share nothing but the checkpoint on disk, so what the table says is what a user
+gets. The table is Markdown; the README's is this one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+METHODS = ["rtn", "sinq"]
+SCHEMES = ["W4A16G64", "W3A16G64", "W2A16G64"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model as it was measured."""
+
+    method: str
+    scheme: str
+    bits_per_weight: float
+    """Stored bits per quantised weight, scales included; NaN for the model as it came."""
+    checkpoint_bytes: int
+    loads_in: str
+    perplexity: dict[str, float]
+    """By name of the text."""
+
+
+def main(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="hub id, local folder, or 'demo'")],
+    text: Annotated[list[str], typer.Option(help="as `quantkit eval --ppl`; repeatable")],
+    method: Annotated[list[str] | None, typer.Option(help="repeatable", show_default=", ".join(METHODS))] = None,
+    scheme: Annotated[list[str] | None, typer.Option(help="repeatable", show_default=", ".join(SCHEMES))] = None,
+    seqlen: Annotated[int | None, typer.Option(help="as `quantkit eval`")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="as `quantkit eval`")] = None,
+    keep: Annotated[Path | None, typer.Option(help="folder for the checkpoints; not given: they are deleted")] = None,
+) -> None:
+    """Quantise MODEL by each method at each scheme, reload each result, print perplexities beside the original's."""
+    limits = [("--seqlen", seqlen), ("--max-tokens", max_tokens)]
+    measure = [*(f"--ppl={name}" for name in text), *(f"{flag}={value}" for flag, value in limits if value)]
+    started = time.perf_counter()
+    before = _perplexity(model, measure)
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for wanted in scheme or SCHEMES:
+            for name in method or METHODS:
+                output = (keep or Path(scratch)) / f"{name}-{wanted}"
+                flags = [f"--method={name}", f"--scheme={wanted}", f"--output={output}", "--overwrite"]
+                run = _quantkit("quantize", model, *flags)
+                after = _perplexity(str(output), measure)
+                rows.append(Row(name, wanted, run["bits_per_weight"], run["output_bytes"], run["loads_in"], after))
+    original = Row("as it came", "", math.nan, run["source_bytes"], "transformers", before)
+    print(markdown_table(original, rows))
+    seconds = time.perf_counter() - started
+    print(f"\n{len(rows)} checkpoints in {seconds:.0f} s; each was saved, then loaded and measured in a new process.")
+
+
+def _perplexity(model: str, measure: Sequence[str]) -> dict[str, float]:
+    results = _quantkit("eval", model, *measure)["perplexity"]
+    return {name: math.inf if result["value"] is None else result["value"] for name, result in results.items()}
+
+
+def _quantkit(*arguments: str) -> Any:
+    """Run ``quantkit ARGUMENTS --json`` in a new process; its error ends this one with the same status."""
+    print("quantkit", *arguments, file=sys.stderr, flush=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "quantkit.cli.main", *arguments, "--json"], stdout=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return json.loads(done.stdout)
+
+
+def markdown_table(original: Row, rows: Sequence[Row]) -> str:
+    """``original`` and then one line per row, perplexities with their change against it."""
+    texts = list(original.perplexity)
+    lines = [
+        ["method", "scheme", "bits per weight", "checkpoint", *(f"perplexity, {name}" for name in texts), "loads in"],
+        ["---"] * (5 + len(texts)),
+    ]
+    for row in (original, *rows):
+        numbers = [f"{row.perplexity[name]:.2f}" for name in texts]
+        if row is not original:
+            changes = [row.perplexity[name] / original.perplexity[name] - 1 for name in texts]
+            numbers = [f"{number} ({change:+.1%})" for number, change in zip(numbers, changes, strict=True)]
+        bits = "" if math.isnan(row.bits_per_weight) else f"{row.bits_per_weight:.2f}"
+        lines.append([row.method, row.scheme, bits, f"{row.checkpoint_bytes / 1e6:.2f} MB", *numbers, row.loads_in])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

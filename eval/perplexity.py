@@ -1,0 +1,162 @@
+"""Perplexity as the quantisation papers measure it (the code of GPTQ, Frantar et al., arXiv 2210.17323).
+
+The whole text is one token stream without special tokens, cut into non-overlapping windows of ``seqlen`` tokens; what
+is left over at the end is dropped. Every window is run by itself and predicts its tokens 2 .. seqlen, so
+
+    perplexity = exp(sum of -log p(token | tokens before it in its window) / (windows * (seqlen - 1)))
+
+which is the papers' mean over the windows' mean losses, because all windows are equally long. The sum is in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from quantkit.errors import QuantkitError, RecipeError
+from quantkit.eval.text import Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from quantkit.pipeline import OnProgress
+
+DEFAULT_SEQLEN = 2048
+"""The papers' window; shorter where the model has fewer positions."""
+
+TOKENS_PER_CHUNK = 256
+"""Rows of logits that are held in float32 at a time: 256 rows of a 128k vocabulary are 134 MB."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """One measured number and what it was measured on."""
+
+    value: float
+    tokens: int
+    """Predicted tokens, the denominator of the mean."""
+    windows: int
+    seqlen: int
+    protocol: str
+    """How it was measured, in one sentence."""
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    text: Text,
+    *,
+    seqlen: int | None = None,
+    max_tokens: int | None = None,
+    batch_size: int = 1,
+    bos: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Perplexity:
+    """Perplexity of ``model`` on ``text``.
+
+    Args:
+        seqlen: tokens per window; default: 2048, or as many as the model has positions.
+        max_tokens: use only that many tokens from the start of the stream.
+        batch_size: windows per forward pass; changes speed and memory, not the number.
+        bos: begin every window with the tokenizer's BOS token, which takes the place of one text token.
+        on_progress: called with (what, windows done, windows in all).
+
+    Raises:
+        RecipeError: a length that the model or the text cannot have.
+        QuantkitError: fewer than two tokens of text, a foreign tokenizer, or logits that are not numbers.
+    """
+    seqlen = _window_length(model, seqlen)
+    stream = tokenizer(text.joined, add_special_tokens=False, verbose=False, return_tensors="pt")["input_ids"][0]
+    if max_tokens is not None:
+        stream = stream[:max_tokens]
+    windows = _windows(stream, seqlen, _bos_id(tokenizer) if bos else None, text)
+    vocabulary = model.config.get_text_config().vocab_size
+    if int(windows.max()) >= vocabulary:
+        raise QuantkitError(
+            f"the tokenizer gives token {int(windows.max())} but the model embeds only {vocabulary}: they do not "
+            "belong together; put the model's own tokenizer files into its folder."
+        )
+    nll = torch.zeros((), dtype=torch.float64)
+    for first in range(0, len(windows), batch_size):
+        batch = windows[first : first + batch_size]
+        loss = _summed_loss(model, batch)
+        if not math.isfinite(loss):
+            last = first + len(batch)
+            raise QuantkitError(
+                f"the model's logits on windows {first + 1} to {last} of {text.name} are not finite: its weights are "
+                "broken, or its dtype overflows; try --dtype float32."
+            )
+        nll += loss
+        if on_progress:
+            on_progress(f"perplexity of {text.name}", min(first + batch_size, len(windows)), len(windows))
+    length = windows.shape[1]
+    tokens = len(windows) * (length - 1)
+    return Perplexity(
+        value=float((nll / tokens).exp()),
+        tokens=tokens,
+        windows=len(windows),
+        seqlen=length,
+        protocol=_protocol(len(windows), length, seqlen, len(stream), bos),
+    )
+
+
+def _window_length(model: PreTrainedModel, seqlen: int | None) -> int:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if seqlen is None:
+        return min(DEFAULT_SEQLEN, positions or DEFAULT_SEQLEN)
+    if seqlen < 2:
+        raise RecipeError(f"--seqlen {seqlen} leaves no token to predict; use 2 or more.")
+    if positions and seqlen > positions:
+        raise RecipeError(
+            f"--seqlen {seqlen} is more than the {positions} positions that the model has; use {positions}."
+        )
+    return seqlen
+
+
+def _bos_id(tokenizer: Any) -> int:
+    if tokenizer.bos_token_id is None:
+        raise RecipeError("--bos was given but the model's tokenizer has no BOS token; leave --bos away.")
+    return int(tokenizer.bos_token_id)
+
+
+def _windows(stream: Tensor, seqlen: int, bos_id: int | None, text: Text) -> Tensor:
+    """stream [tokens] -> [windows, seqlen] int64; [1, fewer] where the text does not fill one window."""
+    room = seqlen if bos_id is None else seqlen - 1
+    if len(stream) + (bos_id is not None) < 2:
+        raise QuantkitError(
+            f"text '{text.name}' has {len(stream)} tokens; perplexity needs at least 2, better thousands."
+        )
+    count = max(1, len(stream) // room)
+    if text.max_windows is not None:
+        count = min(count, text.max_windows)
+    windows = stream[: count * room].reshape(count, -1)
+    if bos_id is not None:
+        windows = torch.cat([windows.new_full((count, 1), bos_id), windows], dim=1)
+    return windows
+
+
+@torch.inference_mode()
+def _summed_loss(model: PreTrainedModel, batch: Tensor) -> float:
+    """Sum of -log p over the predicted tokens of batch [B, T]; only a few rows of logits are float32 at a time."""
+    logits = model(input_ids=batch.to(model.device), use_cache=False).logits  # [B, T, V]
+    targets = batch.to(logits.device)
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for window, tokens in zip(logits[:, :-1], targets[:, 1:], strict=True):
+        for rows, wanted in zip(window.split(TOKENS_PER_CHUNK), tokens.split(TOKENS_PER_CHUNK), strict=True):
+            total += cross_entropy(rows.float(), wanted, reduction="none").double().sum()
+    return float(total)
+
+
+def _protocol(windows: int, length: int, seqlen: int, stream: int, bos: bool) -> str:
+    start = "every window begins with BOS" if bos else "no special tokens"
+    parts = "1 window" if windows == 1 else f"{windows} non-overlapping windows"
+    cut = f"one token stream, {start}, {parts} of {length} tokens, each predicting {length - 1}"
+    if length < seqlen:
+        return f"{cut}; the text is shorter than one window of {seqlen}, so it is one short window"
+    left_over = stream - windows * (length - bos)
+    return f"{cut}; {left_over} tokens at the end left out" if left_over else cut

@@ -1,0 +1,156 @@
+"""The tensors of one quantised linear in a checkpoint: how they are named, shaped, and turned into codes and back.
+
+``packed`` storage (compressed-tensors ``pack-quantized``; for zero points, odd widths, NF4 and short groups the same
+tensors in the native format), for a weight [O, I] with b bits and groups of G columns:
+
+    weight_packed        int32        [O, ceil(I * b / 32)]            codes, see packing.py
+    weight_scale         model dtype  [O, groups]                      groups = ceil(I / G), or 1 per channel
+    weight_shape         int64        [2]                              O, I
+    weight_zero_point    int32        [ceil(O * b / 32), groups]       only when not symmetric; packed along O
+    input_scale_vector   model dtype  [I]                              only with ``input_scale``: x * vector comes first
+
+``int8`` storage (compressed-tensors ``int-quantized``): ``weight`` int8 [O, I], signed, and ``weight_scale``.
+
+A zero point is stored as the unsigned number it is. compressed-tensors stores signed zero points shifted by
+2**(b-1), which puts the same bits into the words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from torch import Tensor
+
+from quantkit.formats.packing import pack_rows, pack_zero_points, unpack_rows, unpack_zero_points, words_per_row
+from quantkit.formats.quantized import QuantizedWeight
+from quantkit.recipe import PER_CHANNEL, ActivationScheme, WeightScheme
+
+
+class LayerFormat(BaseModel):
+    """How one linear is stored and run, with nothing left to decide."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weights: WeightScheme = Field(description="``symmetric`` is filled in when it was left open")
+    activations: ActivationScheme | None = Field(None, description="quantisation of the input at run time")
+    input_scale: bool = Field(False, description="the input is multiplied by a stored vector [in_features] first")
+    storage: Literal["packed", "int8"] = Field(
+        "packed", description="left out: int8 for symmetric 8-bit weights with 8-bit activations, else packed"
+    )
+
+    @field_validator("weights")
+    @classmethod
+    def _symmetric_is_decided(cls, weights: WeightScheme) -> WeightScheme:
+        return weights.model_copy(update={"symmetric": weights.is_symmetric})
+
+    @model_validator(mode="after")
+    def _storage_follows_from_the_scheme(self) -> LayerFormat:
+        whole_bytes = self.weights.bits == 8 and self.weights.symmetric
+        if "storage" not in self.model_fields_set:
+            both = whole_bytes and self.activations is not None and self.activations.bits == 8
+            object.__setattr__(self, "storage", "int8" if both else "packed")  # frozen for everyone else
+        elif self.storage == "int8" and not whole_bytes:
+            raise ValueError("storage int8 holds symmetric 8-bit weights only; use storage: packed")
+        return self
+
+    def groups(self, in_features: int) -> int:
+        """Scales per output row."""
+        size = self.weights.group_size
+        return 1 if size == PER_CHANNEL else -(-in_features // size)
+
+
+def tensor_specs(
+    layer: LayerFormat, out_features: int, in_features: int, dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Suffix -> (shape, dtype) of every tensor that a quantised linear stores, its bias aside.
+
+    Args:
+        dtype: the model dtype, which scales are stored in.
+    """
+    groups, bits = layer.groups(in_features), layer.weights.bits
+    specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    if layer.storage == "int8":
+        specs["weight"] = (out_features, in_features), torch.int8
+    else:
+        specs["weight_packed"] = (out_features, words_per_row(in_features, bits)), torch.int32
+    specs["weight_scale"] = (out_features, groups), dtype
+    if layer.storage == "packed":
+        specs["weight_shape"] = (2,), torch.int64
+    if not layer.weights.symmetric:
+        specs["weight_zero_point"] = (words_per_row(out_features, bits), groups), torch.int32
+    if layer.input_scale:
+        specs["input_scale_vector"] = (in_features,), dtype
+    return specs
+
+
+def stored_bytes(layer: LayerFormat, out_features: int, in_features: int, dtype: torch.dtype) -> int:
+    """Bytes of the tensors of ``tensor_specs``: exactly what the layer takes in a file, without its bias."""
+    specs = tensor_specs(layer, out_features, in_features, dtype).values()
+    return sum(torch.Size(shape).numel() * stored.itemsize for shape, stored in specs)
+
+
+def to_tensors(qw: QuantizedWeight, layer: LayerFormat, input_scale: Tensor | None = None) -> dict[str, Tensor]:
+    """The tensors to store, by suffix.
+
+    Args:
+        qw: codes, scales and zero points that match ``layer``.
+        input_scale: [in_features], exactly when ``layer.input_scale``; stored in the dtype of the scales.
+
+    Raises:
+        ValueError: the arguments contradict each other (a bug of the caller).
+    """
+    symmetric = qw.zero_point is None
+    weights = layer.weights
+    if (qw.bits, qw.group_size, qw.levels, symmetric) != (
+        weights.bits, weights.group_size, weights.levels, weights.symmetric,
+    ):  # fmt: skip
+        raise ValueError(f"the weight was quantised differently from what its format says: {weights}")
+    if layer.input_scale != (input_scale is not None):
+        raise ValueError(f"input_scale is {'missing' if layer.input_scale else 'not part of the format'}")
+    tensors: dict[str, Tensor] = {}
+    if layer.storage == "int8":
+        tensors["weight"] = signed_from_codes(qw.codes)
+        tensors["weight_scale"] = qw.scale
+    else:
+        tensors["weight_packed"] = pack_rows(qw.codes, qw.bits)
+        tensors["weight_scale"] = qw.scale
+        tensors["weight_shape"] = torch.tensor(qw.codes.shape, dtype=torch.int64)
+    if qw.zero_point is not None:
+        tensors["weight_zero_point"] = pack_zero_points(qw.zero_point, qw.bits)
+    if input_scale is not None:
+        tensors["input_scale_vector"] = input_scale.to(qw.scale.dtype)
+    return tensors
+
+
+def from_tensors(tensors: Mapping[str, Tensor], layer: LayerFormat) -> tuple[QuantizedWeight, Tensor | None]:
+    """Inverse of ``to_tensors``: (codes and scales, input scale or None)."""
+    bits = layer.weights.bits
+    if layer.storage == "int8":
+        codes = codes_from_signed(tensors["weight"])
+    else:
+        codes = unpack_rows(tensors["weight_packed"], bits, int(tensors["weight_shape"][1]))
+    zero_point = None
+    if not layer.weights.symmetric:
+        zero_point = unpack_zero_points(tensors["weight_zero_point"], bits, codes.shape[0])
+    weight = QuantizedWeight(
+        codes=codes,
+        scale=tensors["weight_scale"],
+        zero_point=zero_point,
+        bits=bits,
+        group_size=layer.weights.group_size,
+        levels=layer.weights.levels,
+    )
+    return weight, tensors["input_scale_vector"] if layer.input_scale else None
+
+
+def signed_from_codes(codes: Tensor) -> Tensor:
+    """uint8 codes 0 .. 255 -> int8 -128 .. 127; flipping the top bit subtracts 128."""
+    return (codes ^ 0x80).view(torch.int8)
+
+
+def codes_from_signed(weight: Tensor) -> Tensor:
+    """int8 -128 .. 127 -> uint8 codes 0 .. 255."""
+    return weight.view(torch.uint8) ^ 0x80

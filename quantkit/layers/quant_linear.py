@@ -1,0 +1,70 @@
+"""A linear layer whose weight stays packed in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.formats.layer import LayerFormat, tensor_specs
+from quantkit.kernels import dispatch, reference
+
+
+class QuantLinear(nn.Module):
+    """Holds the tensors of ``formats/layer.py`` as buffers under the names and dtypes they have in a checkpoint.
+
+    Nothing is repacked or renamed, so what ``state_dict`` returns is what was loaded, byte for byte.
+
+    Args:
+        in_features: columns of the weight.
+        out_features: rows of the weight.
+        bias: whether there is a bias [out_features].
+        layer: how the weight is stored and run.
+        dtype: dtype of scales and bias, which is also that of inputs and outputs.
+        device: where the (uninitialised) buffers are made; ``meta`` before loading a checkpoint.
+    """
+
+    weight: Tensor
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_shape: Tensor
+    weight_zero_point: Tensor
+    input_scale_vector: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        layer: LayerFormat,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.format = layer
+        for suffix, (shape, stored) in tensor_specs(layer, out_features, in_features, dtype).items():
+            self.register_buffer(suffix, torch.empty(shape, dtype=stored, device=device))
+        self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dispatch.linear(x, self)
+
+    def dequantize(self) -> Tensor:
+        """The weight [out_features, in_features] in the dtype of the scales, without the input scale."""
+        dense = torch.empty(
+            self.out_features, self.in_features, dtype=self.weight_scale.dtype, device=self.weight_scale.device
+        )
+        for first, last, block in reference.row_blocks(self):
+            dense[first:last] = block
+        return dense
+
+    def extra_repr(self) -> str:
+        weights = self.format.weights
+        kind = weights.levels if weights.levels != "uniform" else f"{weights.bits} bits"
+        text = f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {kind}"
+        text += f", group_size={weights.group_size}, symmetric={weights.symmetric}"
+        if self.format.activations:
+            text += f", activations={self.format.activations.bits} bits per {self.format.activations.granularity}"
+        return text + (", input_scale" if self.format.input_scale else "")

@@ -1,0 +1,283 @@
+"""What is known about each model family, said once for all methods: which modules feed which.
+
+To add a family: write one ``Architecture`` (or use an existing one) and add a line per class name to ``ARCHITECTURES``;
+the shared tests find it by themselves once ``tests/tiny_models.py`` has a small configuration of it. Paths are module
+paths inside one block; ``*`` stands for the number of an expert. A path that a block does not have (dense layers of a
+mixture, shared experts) is left out there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.models.block import Site
+
+
+@dataclass(frozen=True)
+class NormGroup:
+    """A norm and every module that reads its output."""
+
+    site: str
+    norm: str
+    consumers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Link:
+    """A linear whose output reaches another linear by operations that commute with a positive scale per channel."""
+
+    site: str
+    producer: str
+    consumer: str
+    rows: Literal["all", "qkv", "heads_qkv", "gate_up"] = "all"
+    """Where the signal lies in the producer's rows: all of them; v in [q | k | v]; v in [heads, 3, head_dim]; the
+    second half."""
+    heads: bool = False
+    """v -> o: each key/value head is read by ``repeats`` query heads."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """``sites`` exist only where the configuration's ``key`` is ``value``."""
+
+    sites: tuple[str, ...]
+    key: str
+    value: Any
+    why: str
+
+
+@dataclass(frozen=True)
+class Experts:
+    """How a checkpoint names the experts that transformers keeps as ``gate_up_proj`` [experts, 2 * width, hidden]
+    (gate first) and ``down_proj`` [experts, hidden, width] in the module ``path``."""
+
+    path: str
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One family: facts only; ``sites`` expands them for a block."""
+
+    blocks: str
+    norm_groups: tuple[NormGroup, ...]
+    links: tuple[Link, ...] = ()
+    conditions: tuple[Condition, ...] = ()
+    experts: Experts | None = None
+    norm_offset: float = 0.0
+    never_quantised: tuple[str, ...] = ()
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_ATTENTION_INPUT = NormGroup("attention.input", "input_layernorm", _QKV)
+_VALUE = Link("attention.value", "self_attn.v_proj", "self_attn.o_proj", heads=True)
+_GATED_HIDDEN = Link("mlp.hidden", "mlp.up_proj", "mlp.down_proj")  # act(gate) * up is linear in up
+
+LLAMA = Architecture(
+    blocks="model.layers",
+    norm_groups=(
+        _ATTENTION_INPUT,
+        NormGroup("mlp.input", "post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    ),
+    links=(_VALUE, _GATED_HIDDEN),
+)
+
+GEMMA = Architecture(
+    blocks="model.layers",
+    norm_groups=(  # the norms behind attention and MLP feed the residual, not a linear
+        _ATTENTION_INPUT,
+        NormGroup("mlp.input", "pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    ),
+    links=(_VALUE, _GATED_HIDDEN),
+    norm_offset=1.0,  # Gemma multiplies by (1 + weight)
+)
+
+PHI3 = Architecture(
+    blocks="model.layers",
+    norm_groups=(
+        NormGroup("attention.input", "input_layernorm", ("self_attn.qkv_proj",)),
+        NormGroup("mlp.input", "post_attention_layernorm", ("mlp.gate_up_proj",)),
+    ),
+    links=(
+        Link("attention.value", "self_attn.qkv_proj", "self_attn.o_proj", rows="qkv", heads=True),
+        Link("mlp.hidden", "mlp.gate_up_proj", "mlp.down_proj", rows="gate_up"),
+    ),
+)
+
+OPT = Architecture(
+    blocks="model.decoder.layers",
+    norm_groups=(
+        NormGroup("attention.input", "self_attn_layer_norm", _QKV),
+        NormGroup("mlp.input", "final_layer_norm", ("fc1",)),
+    ),
+    links=(
+        Link("attention.value", "self_attn.v_proj", "self_attn.out_proj", heads=True),
+        Link("mlp.hidden", "fc1", "fc2"),
+    ),
+    conditions=(
+        Condition(
+            ("attention.input", "mlp.input"), "do_layer_norm_before", True, "the norm stands behind the residual sum"
+        ),
+        Condition(("attention.input", "mlp.input"), "layer_norm_elementwise_affine", True, "the norm has no weight"),
+        Condition(("mlp.hidden",), "activation_function", "relu", "only ReLU commutes with a positive scale"),
+    ),
+)
+
+BLOOM = Architecture(
+    blocks="transformer.h",
+    norm_groups=(
+        NormGroup("attention.input", "input_layernorm", ("self_attention.query_key_value",)),
+        NormGroup("mlp.input", "post_attention_layernorm", ("mlp.dense_h_to_4h",)),
+    ),
+    links=(  # none into the MLP's second linear: GELU does not commute with a scale
+        Link("attention.value", "self_attention.query_key_value", "self_attention.dense", rows="heads_qkv", heads=True),
+    ),
+    conditions=(
+        Condition(
+            ("attention.input", "mlp.input"), "apply_residual_connection_post_layernorm", False,
+            "the residual is taken behind the norm",
+        ),
+    ),
+)  # fmt: skip
+
+GPT_NEOX = Architecture(
+    blocks="gpt_neox.layers",
+    norm_groups=(  # also with the parallel residual: attention and MLP have a norm each
+        NormGroup("attention.input", "input_layernorm", ("attention.query_key_value",)),
+        NormGroup("mlp.input", "post_attention_layernorm", ("mlp.dense_h_to_4h",)),
+    ),
+    links=(Link("attention.value", "attention.query_key_value", "attention.dense", rows="heads_qkv", heads=True),),
+)
+
+MIXTRAL = Architecture(
+    blocks="model.layers",
+    norm_groups=(
+        _ATTENTION_INPUT,
+        NormGroup("mlp.input", "post_attention_layernorm", ("mlp.gate", "mlp.experts.*.w1", "mlp.experts.*.w3")),
+    ),
+    links=(_VALUE, Link("mlp.experts.*.hidden", "mlp.experts.*.w3", "mlp.experts.*.w2")),
+    experts=Experts("mlp.experts", gate="w1", up="w3", down="w2"),
+)
+
+QWEN_MOE = Architecture(
+    blocks="model.layers",
+    norm_groups=(
+        _ATTENTION_INPUT,
+        NormGroup(
+            "mlp.input",
+            "post_attention_layernorm",
+            (
+                "mlp.gate_proj", "mlp.up_proj",  # dense layers
+                "mlp.gate", "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj",
+                "mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert_gate",
+            ),
+        ),
+    ),
+    links=(
+        _VALUE,
+        _GATED_HIDDEN,
+        Link("mlp.experts.*.hidden", "mlp.experts.*.up_proj", "mlp.experts.*.down_proj"),
+        Link("mlp.shared_expert.hidden", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj"),
+    ),
+    experts=Experts("mlp.experts"),
+    never_quantised=("mlp.shared_expert_gate",),  # one output row that decides about a whole expert
+)  # fmt: skip
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "LlamaForCausalLM": LLAMA,
+    "MistralForCausalLM": LLAMA,
+    "Qwen2ForCausalLM": LLAMA,
+    "Qwen3ForCausalLM": LLAMA,
+    "Gemma2ForCausalLM": GEMMA,
+    "Gemma3ForCausalLM": GEMMA,
+    "Phi3ForCausalLM": PHI3,
+    "OPTForCausalLM": OPT,
+    "BloomForCausalLM": BLOOM,
+    "GPTNeoXForCausalLM": GPT_NEOX,
+    "MixtralForCausalLM": MIXTRAL,
+    "Qwen2MoeForCausalLM": QWEN_MOE,
+    "Qwen3MoeForCausalLM": QWEN_MOE,
+}
+"""transformers class name -> table."""
+
+
+def expert_shapes(arch: Architecture, block: nn.Module) -> dict[str, tuple[int, int]]:
+    """Module path -> (out_features, in_features) of every expert's linears in ``block``; empty for a dense block."""
+    names = arch.experts
+    fused = dict(block.named_parameters()).get(f"{names.path}.down_proj") if names else None
+    if names is None or fused is None:
+        return {}
+    experts, hidden, width = fused.shape
+    return {
+        f"{names.path}.{expert}.{leaf}": shape
+        for expert in range(experts)
+        for leaf, shape in ((names.gate, (width, hidden)), (names.up, (width, hidden)), (names.down, (hidden, width)))
+    }
+
+
+def sites(arch: Architecture, config: Any, block: nn.Module) -> tuple[Site, ...]:
+    """The sites of one block.
+
+    Args:
+        arch: the family's table.
+        config: the model's (text) configuration.
+        block: the block's module; only its structure and shapes are looked at, so it may be on the meta device.
+    """
+    experts = expert_shapes(arch, block)
+    shapes = {path: tuple(m.weight.shape) for path, m in block.named_modules() if isinstance(m, nn.Linear)} | experts
+    present = {path for path, _ in block.named_modules()} | set(experts)
+    count = len(experts) // 3
+    refused = {site for site, _ in refusals(arch, config)}
+    found = []
+    for group in arch.norm_groups:
+        consumers = tuple(path for pattern in group.consumers for path in _expand(pattern, count) if path in present)
+        if group.site not in refused:
+            found.append(Site(group.site, "norm", group.norm, consumers, norm_offset=arch.norm_offset))
+    for link in arch.links:
+        if link.site in refused:
+            continue
+        names = zip(
+            _expand(link.site, count), _expand(link.producer, count), _expand(link.consumer, count), strict=True
+        )
+        for name, producer, consumer in names:
+            if producer not in present:
+                continue
+            head_dim, repeats = _heads(config) if link.heads else (0, 1)
+            width = shapes[consumer][1] // repeats
+            rows = _ROWS[link.rows](shapes[producer][0], width, head_dim)
+            found.append(Site(name, "linear", producer, (consumer,), rows, repeats=repeats, head_dim=head_dim))
+    return tuple(found)
+
+
+def refusals(arch: Architecture, config: Any) -> Iterator[tuple[str, str]]:
+    """(site, reason) of every site of the table that this configuration rules out."""
+    for condition in arch.conditions:
+        if getattr(config, condition.key) != condition.value:
+            yield from ((site, condition.why) for site in condition.sites)
+
+
+def _expand(pattern: str, experts: int) -> list[str]:
+    return [pattern.replace("*", str(expert)) for expert in range(experts)] if "*" in pattern else [pattern]
+
+
+def _heads(config: Any) -> tuple[int, int]:
+    """(head_dim, query heads per key/value head)."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return head_dim, heads // (getattr(config, "num_key_value_heads", None) or heads)
+
+
+_ROWS: dict[str, Callable[[int, int, int], Tensor | None]] = {
+    # (producer's rows, signal width, head_dim) -> indices [signal width]
+    "all": lambda rows, width, head_dim: None,
+    "qkv": lambda rows, width, head_dim: torch.arange(rows - width, rows),
+    "heads_qkv": lambda rows, width, head_dim: torch.arange(rows).view(-1, 3, head_dim)[:, 2].flatten(),
+    "gate_up": lambda rows, width, head_dim: torch.arange(width, rows),
+}

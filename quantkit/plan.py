@@ -1,0 +1,276 @@
+"""What a run will do, before any weight is read: per layer, in what format, how large, and what can load it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import BaseModel, ValidationError
+
+from quantkit import registry
+from quantkit.errors import RecipeError, did_you_mean
+from quantkit.formats.config import portable_reason
+from quantkit.formats.layer import LayerFormat, stored_bytes
+from quantkit.recipe import PER_CHANNEL, Recipe, WeightScheme
+
+if TYPE_CHECKING:
+    from quantkit.models.checkpoint import Checkpoint
+    from quantkit.models.skeleton import Skeleton
+
+
+@dataclass(frozen=True)
+class BoundStep:
+    """A step of the recipe with its code and its checked options."""
+
+    method: registry.Method
+    module: ModuleType
+    config: BaseModel
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One linear of the decoder blocks."""
+
+    name: str
+    out_features: int
+    in_features: int
+    format: LayerFormat | None
+    """None: stays in full precision, for ``reason``."""
+    reason: str
+    stored_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole run; ``layers`` in model order."""
+
+    recipe: Recipe
+    source: Path
+    layers: tuple[LayerPlan, ...]
+    transforms: tuple[BoundStep, ...]
+    rounding: BoundStep
+    format: Literal["compressed-tensors", "quantkit"]
+    format_reason: str
+    scale_dtype: torch.dtype
+    source_bytes: int
+    output_bytes: int
+    peak_bytes: int
+    notes: tuple[str, ...]
+
+    @property
+    def loads_in(self) -> str:
+        if self.format == "quantkit":
+            return "quantkit (quantkit.load, or transformers after `import quantkit`)"
+        return "transformers with compressed-tensors >= 0.15, vLLM, and quantkit"
+
+    def layer(self, name: str) -> LayerPlan:
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, LayerPlan]:
+        return {layer.name: layer for layer in self.layers}
+
+    def describe(self) -> dict[str, Any]:
+        """The plan as JSON, for ``--dry-run --json`` and the run record."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "scheme": self.recipe.scheme.name,
+            "format": self.format,
+            "format_reason": self.format_reason,
+            "loads_in": self.loads_in,
+            "source_bytes": self.source_bytes,
+            "output_bytes": self.output_bytes,
+            "peak_bytes": self.peak_bytes,
+            "notes": list(self.notes),
+            "layers": [
+                {
+                    "name": layer.name,
+                    "shape": [layer.out_features, layer.in_features],
+                    "format": None if layer.format is None else layer.format.model_dump(mode="json"),
+                    "reason": layer.reason,
+                    "bytes": layer.stored_bytes,
+                }
+                for layer in self.layers
+            ],
+        }
+
+
+def bind_steps(recipe: Recipe) -> tuple[tuple[BoundStep, ...], BoundStep]:
+    """The recipe's steps as (transforms in order, rounding).
+
+    Raises:
+        RecipeError: an unknown method or option, no rounding, two roundings, or a transform after the rounding.
+    """
+    bound = []
+    for number, step in enumerate(recipe.steps):
+        method = registry.get(step.method)
+        module = method.load()
+        try:
+            config = module.Config.model_validate(step.options)
+        except ValidationError as error:
+            problems = []
+            for problem in error.errors(include_url=False):
+                key = ".".join(str(part) for part in problem["loc"])
+                if problem["type"] == "extra_forbidden":
+                    problems.append(f"'{key}' is not an option. {did_you_mean(key, module.Config.model_fields)}")
+                else:
+                    problems.append(f"{key} is {problem['input']!r}: {problem['msg']}")
+            raise RecipeError(f"steps.{number} ({step.method}): " + "; ".join(problems)) from None
+        bound.append(BoundStep(method, module, config))
+    roundings = [step for step in bound if step.method.kind == "rounding"]
+    if len(roundings) != 1:
+        given = " and ".join(step.method.name for step in roundings) or "none"
+        known = ", ".join(name for name, method in registry.METHODS.items() if method.kind == "rounding")
+        raise RecipeError(f"steps need exactly one rounding, got {given}; roundings: {known}.")
+    if bound[-1] is not roundings[0]:
+        late = next(step for step in reversed(bound) if step.method.kind == "transform")
+        raise RecipeError(
+            f"step '{late.method.name}' comes after the rounding '{roundings[0].method.name}': a transform prepares "
+            "weights for rounding, so put it first."
+        )
+    return tuple(bound[:-1]), roundings[0]
+
+
+def make_plan(recipe: Recipe, source: Path, skeleton: Skeleton, checkpoint: Checkpoint) -> Plan:
+    """Decide everything that can be decided from the recipe and the shapes.
+
+    Raises:
+        RecipeError: the recipe cannot be carried out on this model (every problem of a kind in one line).
+    """
+    transforms, rounding = bind_steps(recipe)
+    scheme = recipe.scheme
+    if scheme.kv is not None:
+        raise RecipeError(
+            f"scheme {scheme.name}: quantising the KV cache is not available in this version; leave KV{scheme.kv.bits} out."
+        )
+    if scheme.weights is None:
+        raise RecipeError(f"scheme {scheme.name} leaves the weights as they are; give their bits, for example W4A16G64.")
+    if scheme.activations is not None and not scheme.activations.dynamic:
+        raise RecipeError(f"scheme {scheme.name}: static activation scales need calibration; use dynamic: true.")
+    scale_dtype = model_dtype(recipe, skeleton, checkpoint)
+    layers = _plan_layers(recipe, skeleton, transforms, scale_dtype)
+    kept = [layer for layer in layers if layer.format is None]
+    if len(kept) == len(layers):
+        raise RecipeError(f"nothing is left to quantise: all {len(layers)} linears match ignore {list(recipe.ignore)}.")
+    notes = []
+    if skeleton.architecture is None:
+        notes.append(skeleton.limits)
+    obstacle = portable_reason({layer.name: layer.format for layer in layers if layer.format}, _shapes(layers))
+    if recipe.format == "compressed-tensors" and obstacle:
+        raise RecipeError(f"--format compressed-tensors cannot hold this result: {obstacle} Use --format auto.")
+    native = recipe.format == "quantkit" or obstacle is not None
+    reason = (obstacle or "asked for") if native else "every tensor of the result has a compressed-tensors form"
+    if not native:
+        notes += _marlin_notes(layers)
+    quantised = sum(layer.stored_bytes for layer in layers if layer.format)
+    rest = checkpoint.nbytes - sum(
+        checkpoint.nbytes_of(skeleton.checkpoint_name(f"{layer.name}.weight")) for layer in layers if layer.format
+    )
+    return Plan(
+        recipe=recipe,
+        source=source,
+        layers=layers,
+        transforms=transforms,
+        rounding=rounding,
+        format="quantkit" if native else "compressed-tensors",
+        format_reason=reason,
+        scale_dtype=scale_dtype,
+        source_bytes=checkpoint.nbytes,
+        output_bytes=quantised + rest,
+        peak_bytes=_peak_bytes(layers, skeleton, checkpoint),
+        notes=tuple(notes),
+    )
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Is the module ``name`` named by one of ``patterns`` (exact, glob, ``re:`` full match), or inside one that is?"""
+    parts = name.split(".")
+    ends = {".".join(parts[start:]) for start in range(len(parts))}
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            if re.fullmatch(pattern[3:], name):
+                return True
+        elif any(fnmatchcase(end, pattern) for end in ends) or name.startswith(pattern + "."):
+            return True
+    return False
+
+
+def model_dtype(recipe: Recipe, skeleton: Skeleton, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of scales and unquantised weights: the recipe's, else the one most linears of the source have."""
+    if recipe.dtype != "auto":
+        chosen: torch.dtype = getattr(torch, recipe.dtype)
+        return chosen
+    first = skeleton.linears(0)[0].name
+    name = skeleton.checkpoint_name(f"{skeleton.block_prefix(0)}{first}.weight")
+    return checkpoint.names[name].dtype
+
+
+def _plan_layers(
+    recipe: Recipe, skeleton: Skeleton, transforms: tuple[BoundStep, ...], scale_dtype: torch.dtype
+) -> tuple[LayerPlan, ...]:
+    weights = recipe.scheme.weights
+    assert weights is not None
+    layers = []
+    for index in range(skeleton.num_blocks):
+        prefix = skeleton.block_prefix(index)
+        wanted = [info for info in skeleton.linears(index) if not matches(prefix + info.name, recipe.ignore)]
+        names = {info.name for info in wanted}
+        online: set[str] = set()
+        for step in transforms:
+            online |= step.module.online(skeleton.sites(index), names, step.config)
+        for info in skeleton.linears(index):
+            name = prefix + info.name
+            if info.name not in names:
+                size = info.out_features * info.in_features * scale_dtype.itemsize
+                layers.append(LayerPlan(name, info.out_features, info.in_features, None, "ignored", size))
+                continue
+            layer = LayerFormat(
+                weights=resolve(weights, info.in_features),
+                activations=recipe.scheme.activations,
+                input_scale=info.name in online,
+            )
+            size = stored_bytes(layer, info.out_features, info.in_features, scale_dtype)
+            layers.append(LayerPlan(name, info.out_features, info.in_features, layer, "", size))
+    return tuple(layers)
+
+
+def resolve(weights: WeightScheme, in_features: int) -> WeightScheme:
+    """The scheme for one layer: symmetry decided, and a group as wide as the row is per channel."""
+    group = PER_CHANNEL if weights.group_size >= in_features else weights.group_size
+    return weights.model_copy(update={"symmetric": weights.is_symmetric, "group_size": group})
+
+
+def _shapes(layers: Iterable[LayerPlan]) -> dict[str, tuple[int, int]]:
+    return {layer.name: (layer.out_features, layer.in_features) for layer in layers}
+
+
+def _marlin_notes(layers: Iterable[LayerPlan]) -> list[str]:
+    """vLLM's fast kernels want out % 64 == 0 and in % 128 == 0; others run, more slowly."""
+    odd = [layer.name for layer in layers if layer.format and (layer.out_features % 64 or layer.in_features % 128)]
+    if not odd:
+        return []
+    more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+    return [f"vLLM's Marlin kernels need out_features % 64 == 0 and in_features % 128 == 0: not so for {odd[0]}{more}."]
+
+
+def _peak_bytes(layers: tuple[LayerPlan, ...], skeleton: Skeleton, checkpoint: Checkpoint) -> int:
+    """Upper estimate of what one block needs: float32 copies, packed result, the probe's dense block, and scratch.
+
+    Tensors outside the blocks are read one file write at a time, so the larger of the two counts.
+    """
+    block = 0
+    largest = 0
+    for index in range(skeleton.num_blocks):
+        prefix = skeleton.block_prefix(index)
+        sizes = [layer.out_features * layer.in_features for layer in layers if layer.name.startswith(prefix)]
+        block, largest = max(block, sum(sizes)), max(largest, *sizes)
+    other = sum(checkpoint.nbytes_of(skeleton.checkpoint_name(name)) for name in skeleton.other_tensors())
+    interpreter = 350 * 2**20
+    return interpreter + max(block * (4 + 4 + 2) + largest * 12, 2 * other)

@@ -1,0 +1,26 @@
+"""Shared fixtures: tiny models of every architecture, saved once per session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import save_tiny
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``tiny(name, dtype=torch.float32)`` -> folder of that tiny model, not to be written to."""
+    folders: dict[tuple[str, torch.dtype], Path] = {}
+
+    def folder(name: str, dtype: torch.dtype = torch.float32) -> Path:
+        if (name, dtype) not in folders:
+            folders[name, dtype] = tmp_path_factory.mktemp(name)
+            save_tiny(name, folders[name, dtype], dtype)
+        return folders[name, dtype]
+
+    return folder

@@ -50,7 +50,9 @@ def load(
     block = getattr(config, "quantization_config", None)
     if isinstance(block, dict) and block.get("quant_method") == PORTABLE_METHOD:
         config.quantization_config = as_native(block)
-    loaded, info = AutoModelForCausalLM.from_pretrained(
+    loaded: PreTrainedModel
+    info: dict[str, Any]
+    loaded, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # typed as if it returned no info
         folder,
         config=config,
         device_map=device_map,

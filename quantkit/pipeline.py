@@ -27,6 +27,7 @@ from quantkit.formats.config import native_config, portable_config
 from quantkit.formats.layer import LayerFormat, to_tensors
 from quantkit.formats.quantized import QuantizedWeight
 from quantkit.formats.writer import RECIPE_FILE, CheckpointWriter, ResumableError, check_output, source_fingerprint
+from quantkit.layers.simulate import simulate_inputs
 from quantkit.models.block import Block
 from quantkit.models.checkpoint import Checkpoint
 from quantkit.models.skeleton import Skeleton
@@ -174,7 +175,9 @@ class _Run:
             if self.plan.layer(block.prefix + info.name).format is not None and info.name not in broken
         }
         online, column_scale = self._transform(block, wanted) if not broken else ({}, {})
+        activations = self.recipe.scheme.activations
         tensors: dict[str, Tensor] = {}
+        input_scales: dict[str, Tensor | None] = {}
         rows = []
         for info in block.linears:
             name = block.prefix + info.name
@@ -189,10 +192,10 @@ class _Run:
             for suffix, tensor in stored.items():
                 tensors[self.skeleton.checkpoint_name(f"{name}.{suffix}")] = tensor
             dense = quantised.dequantize()
-            if input_scale is not None:
-                dense *= input_scale.float()
-            error = _relative_error(weight, dense, column_scale.get(info.name))
-            block.tensors[f"{info.name}.weight"] = dense
+            effective = dense if input_scale is None else dense * input_scale.float()
+            error = _relative_error(weight, effective, column_scale.get(info.name))
+            input_scales[info.name] = input_scale
+            block.tensors[f"{info.name}.weight"] = dense if activations else effective
             self.formats[name] = layer
             rows.append(
                 {
@@ -206,6 +209,8 @@ class _Run:
             )
         self._keep_the_rest(block, wanted, tensors)
         module = self.skeleton.build_block(index, block.tensors, torch.float32)
+        if activations:
+            simulate_inputs(module, activations, input_scales, self.skeleton.expert_names)
         after = stream.run_block(module, hidden, index, captured)
         save_file({"input": hidden, "hidden": after}, self._probe_file(index))
         event = {
@@ -361,7 +366,7 @@ def peak_rss() -> int:
 
 def _summary(result: Result) -> dict[str, Any]:
     return {
-        "layers": result.layers,
+        "linears": result.layers,
         "format": result.format,
         "output_bytes": result.output_bytes,
         "bits_per_weight": result.bits_per_weight,

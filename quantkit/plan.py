@@ -151,7 +151,9 @@ def make_plan(recipe: Recipe, source: Path, skeleton: Skeleton, checkpoint: Chec
             f"scheme {scheme.name}: quantising the KV cache is not available in this version; leave KV{scheme.kv.bits} out."
         )
     if scheme.weights is None:
-        raise RecipeError(f"scheme {scheme.name} leaves the weights as they are; give their bits, for example W4A16G64.")
+        raise RecipeError(
+            f"scheme {scheme.name} leaves the weights as they are; give their bits, for example W4A16G64."
+        )
     if scheme.activations is not None and not scheme.activations.dynamic:
         raise RecipeError(f"scheme {scheme.name}: static activation scales need calibration; use dynamic: true.")
     scale_dtype = model_dtype(recipe, skeleton, checkpoint)

@@ -71,7 +71,9 @@ class KVScheme(_Strict):
     symmetric: bool = Field(False, description="no zero point")
 
 
-_SCHEME = re.compile(r"^(?:W(?P<w>\d+|NF4)(?P<sz>[SZ])?)?(?:A(?P<a>\d+))?(?:KV(?P<kv>\d+))?(?:G(?P<g>\d+|C))?$", re.IGNORECASE)
+_SCHEME = re.compile(
+    r"^(?:W(?P<w>\d+|NF4)(?P<sz>[SZ])?)?(?:A(?P<a>\d+))?(?:KV(?P<kv>\d+))?(?:G(?P<g>\d+|C))?$", re.IGNORECASE
+)
 
 
 class Scheme(_Strict):
@@ -161,7 +163,9 @@ class Recipe(_Strict):
         "auto", description="dtype of scales and of everything left unquantised; auto: the source's"
     )
     seed: int = Field(0, ge=0, description="seed of everything random in the run")
-    allow_nonfinite: bool = Field(False, description="keep a layer with NaN or Inf in full precision instead of failing")
+    allow_nonfinite: bool = Field(
+        False, description="keep a layer with NaN or Inf in full precision instead of failing"
+    )
 
     @field_validator("scheme", mode="before")
     @classmethod
@@ -193,7 +197,9 @@ def load_recipe(path: Path) -> Recipe:
         data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (json.JSONDecodeError, yaml.YAMLError) as error:
         where = " ".join(str(error).split())
-        raise RecipeError(f"recipe {path} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {where}") from None
+        raise RecipeError(
+            f"recipe {path} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {where}"
+        ) from None
     if not isinstance(data, dict):
         raise RecipeError(f"recipe {path} must be a mapping with 'scheme' and 'steps', got {type(data).__name__}.")
     return build_recipe(data, origin=str(path))

@@ -82,7 +82,9 @@ def inspect_checkpoint(folder: Path) -> CheckpointReport:
         if layer is not None:
             layers.append(LayerReport(stored, layer, *shape, sizes[stored], errors.get(stored)))
     if not layers:
-        raise QuantkitError(f"{folder}: config.json announces {block.get('quant_method')} but no layer of it is stored.")
+        raise QuantkitError(
+            f"{folder}: config.json announces {block.get('quant_method')} but no layer of it is stored."
+        )
     layers.sort(key=lambda layer: _natural(layer.name))
     total = sum(checkpoint.nbytes_of(name) for name in checkpoint.names)
     return CheckpointReport(str(block["quant_method"]), tuple(layers), total, tuple(record))

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from quantkit.formats.packing import pack_rows, pack_zero_points, unpack_rows, unpack_zero_points, words_per_row
 from quantkit.formats.quantized import QuantizedWeight
-from quantkit.recipe import PER_CHANNEL, ActivationScheme, WeightScheme
+from quantkit.recipe import PER_CHANNEL, ActivationScheme, Scheme, WeightScheme
 
 
 class LayerFormat(BaseModel):
@@ -35,10 +35,12 @@ class LayerFormat(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     weights: WeightScheme = Field(description="``symmetric`` is filled in when it was left open")
-    activations: ActivationScheme | None = Field(None, description="quantisation of the input at run time")
-    input_scale: bool = Field(False, description="the input is multiplied by a stored vector [in_features] first")
+    activations: ActivationScheme | None = Field(default=None, description="quantisation of the input at run time")
+    input_scale: bool = Field(
+        default=False, description="the input is first multiplied by a stored vector [in_features]"
+    )
     storage: Literal["packed", "int8"] = Field(
-        "packed", description="left out: int8 for symmetric 8-bit weights with 8-bit activations, else packed"
+        default="packed", description="left out: int8 for symmetric 8-bit weights with 8-bit activations, else packed"
     )
 
     @field_validator("weights")
@@ -55,6 +57,10 @@ class LayerFormat(BaseModel):
         elif self.storage == "int8" and not whole_bytes:
             raise ValueError("storage int8 holds symmetric 8-bit weights only; use storage: packed")
         return self
+
+    def describe(self) -> str:
+        """``W4SA16G64``; `` x t`` behind it where the input is scaled first."""
+        return Scheme(weights=self.weights, activations=self.activations).name + (" x t" if self.input_scale else "")
 
     def groups(self, in_features: int) -> int:
         """Scales per output row."""

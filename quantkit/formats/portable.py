@@ -49,7 +49,7 @@ def _obstacle(layer: LayerFormat, in_features: int) -> str | None:
     if layer.input_scale:
         return "multiplies its input by a stored vector, which has no compressed-tensors form"
     if weights.bits not in _PORTABLE_BITS:
-        return f"has {weights.bits}-bit codes, whose layout differs between compressed-tensors versions (2, 4, 8 do not)"
+        return f"has {weights.bits}-bit codes, and versions of compressed-tensors differ on all but 2, 4 and 8 bits"
     if not weights.symmetric:
         return "has zero points, which compressed-tensors 0.18 and later fail to load"
     if weights.group_size != PER_CHANNEL and in_features % weights.group_size:
@@ -193,6 +193,7 @@ def _read_group(group: Mapping[str, Any], storage: str, where: str) -> LayerForm
     return LayerFormat(
         weights=weights,
         activations=_read_activations(group.get("input_activations"), f"{where}.input_activations"),
+        input_scale=False,
         storage="packed" if storage == "pack-quantized" else "int8",
     )
 
@@ -211,6 +212,7 @@ def _read_weights(weights: Mapping[str, Any], where: str) -> WeightScheme:
             bits=weights.get("num_bits", 8),
             symmetric=weights.get("symmetric", True),
             group_size=PER_CHANNEL if strategy == "channel" or size is None else size,
+            levels="uniform",
         )
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
@@ -229,7 +231,10 @@ def _read_activations(inputs: Mapping[str, Any] | None, where: str) -> Activatio
         raise _cannot_read(f"{where}.strategy", strategy, "token or tensor")
     try:
         return ActivationScheme(
-            bits=inputs.get("num_bits", 8), symmetric=inputs.get("symmetric", True), granularity=strategy
+            bits=inputs.get("num_bits", 8),
+            symmetric=inputs.get("symmetric", True),
+            granularity="token" if strategy == "token" else "tensor",
+            dynamic=True,
         )
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]

@@ -51,7 +51,14 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, output: Path, source: Path, fingerprint: Any, shards: int, *, overwrite: bool = False, resume: bool = False
+        self,
+        output: Path,
+        source: Path,
+        fingerprint: Any,
+        shards: int,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
     ) -> None:
         self.output = output
         self.folder = output.with_name(output.name + ".partial")

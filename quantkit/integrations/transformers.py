@@ -42,7 +42,7 @@ def as_native(block: Mapping[str, Any]) -> dict[str, Any]:
     return {"quant_method": NATIVE_METHOD, _PORTABLE_KEY: dict(block)}
 
 
-class QuantkitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is not typed
+class QuantkitConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a model held by quantkit's layers.
 
     Raises:
@@ -50,7 +50,7 @@ class QuantkitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfor
     """
 
     def __init__(self, **block: Any) -> None:
-        self.quant_method = NATIVE_METHOD
+        self.quant_method = NATIVE_METHOD  # type: ignore[assignment]  # the enum holds transformers' own methods only
         self.block: dict[str, Any] = block.get(_PORTABLE_KEY, block)
         self.formats = read_config(self.block)
 
@@ -58,7 +58,7 @@ class QuantkitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transfor
         return copy.deepcopy(self.block)
 
 
-class QuantkitHfQuantizer(HfQuantizer):  # type: ignore[misc]
+class QuantkitHfQuantizer(HfQuantizer):
     """Prepares the empty model for packed tensors; quantising is ``quantkit.quantize``'s work, not done here."""
 
     requires_calibration = True
@@ -104,15 +104,18 @@ def _replace_linears(model: nn.Module, formats: LayerFormats) -> set[str]:
     for name, module in list(model.named_modules()):
         layer = formats.of(name) if isinstance(module, nn.Linear) else None
         if layer is not None:
-            model.set_submodule(name, _linear(layer, module.in_features, module.out_features, module.weight.dtype, module.bias))
+            shape, bias = module.weight.shape, module.bias is not None
+            model.set_submodule(name, _linear(layer, shape, bias, module.weight.dtype))
             replaced.add(name)
     return replaced
 
 
-def _linear(layer: LayerFormat | None, in_features: int, out_features: int, dtype: torch.dtype, bias: Any) -> nn.Module:
+def _linear(layer: LayerFormat | None, shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> nn.Module:
+    """An empty linear for a weight of ``shape`` (out_features, in_features)."""
+    out_features, in_features = shape
     if layer is None:
-        return nn.Linear(in_features, out_features, bias=bias is not None, device="meta", dtype=dtype)
-    return QuantLinear(in_features, out_features, bias is not None, layer, dtype, device="meta")
+        return nn.Linear(in_features, out_features, bias=bias, device="meta", dtype=dtype)
+    return QuantLinear(in_features, out_features, bias, layer, dtype, device="meta")
 
 
 def _replace_experts(model: PreTrainedModel, formats: LayerFormats) -> set[str]:
@@ -143,12 +146,12 @@ def _replace_experts(model: PreTrainedModel, formats: LayerFormats) -> set[str]:
                 f"full precision: ignore '{path}.*'."
             )
         count, doubled, hidden = module.gate_up_proj.shape
-        shapes = ((hidden, doubled // 2), (hidden, doubled // 2), (doubled // 2, hidden))
-        dtype = module.gate_up_proj.dtype
+        inward, outward, dtype = (doubled // 2, hidden), (hidden, doubled // 2), module.gate_up_proj.dtype
         experts = [
-            tuple(
-                _linear(layers[f"{path}.{index}.{linear}"], *shape, dtype, None)
-                for linear, shape in zip(names, shapes, strict=True)
+            (
+                _linear(layers[f"{path}.{index}.{names.gate}"], inward, False, dtype),
+                _linear(layers[f"{path}.{index}.{names.up}"], inward, False, dtype),
+                _linear(layers[f"{path}.{index}.{names.down}"], outward, False, dtype),
             )
             for index in range(count)
         ]
@@ -165,15 +168,15 @@ def _expert_names(model: PreTrainedModel) -> ExpertNames:
     """How the model's checkpoints call the projections of one expert, from transformers' rules for merging them."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    gate_up, down = list(ExpertNames()[:2]), ExpertNames().down
+    names = ExpertNames()
     for conversion in get_model_conversion_mapping(model, add_legacy=False):
         if _merges_experts(conversion):
             sources = [source.removesuffix(".weight").rpartition(".")[2] for source in conversion.source_patterns]
             if len(sources) == 2:
-                gate_up = sources
+                names = names._replace(gate=sources[0], up=sources[1])
             else:
-                down = sources[0]
-    return ExpertNames(*gate_up, down)
+                names = names._replace(down=sources[0])
+    return names
 
 
 def _merges_experts(conversion: WeightTransform) -> bool:

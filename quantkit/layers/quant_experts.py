@@ -42,6 +42,12 @@ class QuantExperts(nn.Module):
             self.add_module(str(self.num_experts), nn.ModuleDict(dict(zip(names, linears, strict=True))))
             self.num_experts += 1
 
+    def expert(self, index: int) -> nn.ModuleDict:
+        """The linears of one expert, by name."""
+        expert = self._modules[str(index)]
+        assert isinstance(expert, nn.ModuleDict)
+        return expert
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of each token's experts.
 
@@ -57,7 +63,7 @@ class QuantExperts(nn.Module):
         for index in top_k_index.unique().tolist():
             if index == self.num_experts:
                 continue
-            expert = self.get_submodule(str(index))
+            expert = self.expert(index)
             position, token = torch.where(top_k_index.t() == index)
             x = hidden_states[token]
             x = self.act_fn(expert[self.names.gate](x)) * expert[self.names.up](x)

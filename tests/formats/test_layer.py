@@ -1,0 +1,105 @@
+import pytest
+import torch
+from handmade import layer_format, round_to_nearest
+from pydantic import ValidationError
+
+from quantkit.formats.layer import LayerFormat, from_tensors, stored_bytes, tensor_specs, to_tensors
+from quantkit.recipe import ActivationScheme, WeightScheme
+
+FORMATS = [
+    ("W4A16G64", {}), ("W2SA16G32", {}), ("W8A16", {}), ("W3ZA16G64", {}), ("W5ZA16G24", {}), ("W6SA16GC", {}),
+    ("W7ZA16G64", {}), ("WNF4A16G64", {}), ("W8A8", {}), ("W8A8G64", {}), ("W4A8", {}), ("W8ZA8", {}),
+    ("W4ZA16G128", {"input_scale": True}), ("W8A8", {"input_scale": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("scheme", "settings"), FORMATS, ids=str)
+def test_round_trip_and_exact_size(scheme, settings, dtype):
+    layer = layer_format(scheme, **settings)
+    weight = round_to_nearest(torch.randn(53, 200), layer, dtype)  # 200 = 3 groups of 64 and a short one
+    input_scale = torch.rand(200) if layer.input_scale else None
+    tensors = to_tensors(weight, layer, input_scale)
+
+    specs = {suffix: (tuple(tensor.shape), tensor.dtype) for suffix, tensor in tensors.items()}
+    assert specs == tensor_specs(layer, 53, 200, dtype)
+    assert stored_bytes(layer, 53, 200, dtype) == sum(tensor.nbytes for tensor in tensors.values())
+
+    back, back_scale = from_tensors(tensors, layer)
+    assert torch.equal(back.codes, weight.codes)
+    assert torch.equal(back.scale, weight.scale)
+    assert (back.zero_point is None) == (weight.zero_point is None)
+    assert back.zero_point is None or torch.equal(back.zero_point, weight.zero_point)
+    assert torch.equal(back.dequantize(), weight.dequantize())
+    assert back_scale is None if input_scale is None else torch.equal(back_scale, input_scale.to(dtype))
+
+
+def test_bits_per_weight_is_the_formula():
+    layer = layer_format("W4ZA16G64")  # codes + (scale + zero point) per group
+    stored = stored_bytes(layer, 4096, 4096, torch.bfloat16) - 16  # weight_shape
+    assert stored * 8 / 4096**2 == 4 + (16 + 4) / 64
+
+
+@pytest.mark.parametrize(
+    ("scheme", "storage"),
+    [
+        ("W8A8", "int8"),
+        ("W8A8G64", "int8"),
+        ("W8A16", "packed"),
+        ("W4A8", "packed"),
+        ("W8ZA8", "packed"),
+        ("W8A4", "packed"),
+    ],
+)
+def test_storage_follows_from_the_scheme(scheme, storage):
+    layer = layer_format(scheme)
+    assert layer.storage == storage
+    assert LayerFormat.model_validate(layer.model_dump(mode="json")) == layer
+    left_out = {key: value for key, value in layer.model_dump().items() if key != "storage"}
+    assert LayerFormat.model_validate(left_out) == layer
+
+
+def test_symmetric_is_decided():
+    assert LayerFormat(weights=WeightScheme(bits=4)).weights.symmetric is True
+    assert LayerFormat(weights=WeightScheme(bits=3)).weights.symmetric is False
+
+
+def test_int8_storage_takes_eight_symmetric_bits():
+    with pytest.raises(ValidationError, match="use storage: packed"):
+        LayerFormat(weights=WeightScheme(bits=4), storage="int8")
+    with pytest.raises(ValidationError, match="use storage: packed"):
+        LayerFormat(weights=WeightScheme(bits=8, symmetric=False), activations=ActivationScheme(), storage="int8")
+
+
+def test_int8_weights_are_signed_codes():
+    layer = layer_format("W8A8")
+    weight = round_to_nearest(torch.tensor([[-1.0, 0.0, 0.5, 1.0]]), layer, torch.float32)
+    tensors = to_tensors(weight, layer)
+    assert tensors.keys() == {"weight", "weight_scale"}
+    assert torch.equal(tensors["weight"].int(), weight.codes.int() - 128)
+
+
+def test_arguments_that_contradict_each_other_are_a_bug():
+    weight = round_to_nearest(torch.randn(8, 64), layer_format("W4A16G32"), torch.float32)
+    with pytest.raises(ValueError, match="quantised differently"):
+        to_tensors(weight, layer_format("W4A16G64"))
+    with pytest.raises(ValueError, match="input_scale is missing"):
+        to_tensors(weight, layer_format("W4A16G32", input_scale=True))
+    with pytest.raises(ValueError, match="not part of the format"):
+        to_tensors(weight, layer_format("W4A16G32"), torch.ones(64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("scheme", ["W2SA16G32", "W4A16G64", "W4ZA16G64", "W8A16", "W8ZA16G32", "W3ZA16G64", "W8A8"])
+def test_compressed_tensors_gets_the_same_weights(scheme, dtype):
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    from quantkit.formats.portable import portable_config
+
+    layer = layer_format(scheme)
+    weight = round_to_nearest(torch.randn(48, 192), layer, dtype)
+    group = portable_config({"x": layer}, [])["config_groups"]["group_0"]
+    compressor = compressors.BaseCompressor.get_value_from_registry(group["format"])
+    theirs = compressor.decompress(to_tensors(weight, layer), quantization.QuantizationScheme(**group))["weight"]
+    assert theirs.dtype == dtype
+    assert torch.equal(theirs, weight.dequantize(dtype))

@@ -1,0 +1,139 @@
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from handmade import layer_format, round_to_nearest
+from torch import Tensor
+
+from quantkit.formats.layer import to_tensors
+from quantkit.formats.quantized import QuantizedWeight
+from quantkit.kernels import reference
+from quantkit.layers.quant_linear import QuantLinear
+from quantkit.recipe import ActivationScheme
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+SCHEMES = ["W4A16G64", "W4ZA16G64", "W2SA16G32", "W3ZA16G48", "W5SA16GC", "W7ZA16GC", "W8A16G64", "WNF4A16G64", "W8A8"]
+OUT, IN = 37, 200  # 200 columns: a short last group for 64, 48 and 32
+
+
+def make(scheme: str, dtype: torch.dtype, bias: bool = True, **settings: Any) -> tuple[QuantLinear, QuantizedWeight]:
+    layer = layer_format(scheme, **settings)
+    generator = torch.Generator().manual_seed(5)
+    weight = round_to_nearest(torch.randn(OUT, IN, generator=generator), layer, dtype)
+    input_scale = torch.rand(IN, generator=generator).add(0.5) if layer.input_scale else None
+    tensors = to_tensors(weight, layer, input_scale)
+    if bias:
+        tensors["bias"] = torch.randn(OUT, generator=generator).to(dtype)
+    linear = QuantLinear(IN, OUT, bias, layer, dtype)
+    linear.load_state_dict(tensors)
+    return linear, weight
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows that grow, so that a scale taken over the wrong dimension shows."""
+    rows = torch.randn(*shape, IN, generator=torch.Generator().manual_seed(1))
+    return (rows * torch.arange(1, shape[-1] + 1)[:, None] if shape else rows).to(dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_equals_the_dense_layer(scheme, dtype, monkeypatch):
+    linear, weight = make(scheme, dtype)
+    x = inputs(2, 5, dtype=dtype)
+    dense = weight.dequantize(dtype)
+    assert torch.equal(linear.dequantize(), dense)
+    seen = reference.fake_quantize(x, linear.format.activations) if linear.format.activations else x
+    want = F.linear(seen, dense, linear.bias)
+    torch.testing.assert_close(linear(x), want, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.1)
+    monkeypatch.setattr(reference, "SCRATCH_BYTES", 5 * IN * dtype.itemsize)  # 37 rows in blocks of 5
+    torch.testing.assert_close(linear(x), want, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.1)
+    assert torch.equal(linear.dequantize(), dense)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (2, 3), (2, 1, 3), (0,), (2, 0)], ids=str)
+@pytest.mark.parametrize("scheme", ["W4ZA16G64", "W8A8"])
+def test_any_leading_dimensions(scheme, shape):
+    linear, _ = make(scheme, torch.float32)
+    x = inputs(*shape)
+    y = linear(x)
+    assert y.shape == (*shape, OUT)
+    flat = torch.stack([linear(row) for row in x.reshape(-1, IN)]) if x.numel() else y.reshape(-1, OUT)
+    torch.testing.assert_close(y.reshape(-1, OUT), flat, rtol=1e-5, atol=1e-4)
+
+
+def test_the_input_scale_comes_first():
+    plain, _ = make("W8A8", torch.float32)
+    scaled, _ = make("W8A8", torch.float32, input_scale=True)
+    scaled.weight.copy_(plain.weight)
+    scaled.weight_scale.copy_(plain.weight_scale)
+    scaled.bias.copy_(plain.bias)
+    x = inputs(4)
+    assert torch.equal(scaled(x), plain(x * scaled.input_scale_vector))
+    assert not torch.allclose(scaled(x), plain(x))
+
+
+def test_gradient_of_the_input():
+    linear, weight = make("W3ZA16G48", torch.float32)
+    x = inputs(2, 3).requires_grad_()
+    dense_x = x.detach().clone().requires_grad_()
+    torch.manual_seed(0)
+    upstream = torch.randn(2, 3, OUT)
+    (linear(x) * upstream).sum().backward()
+    (F.linear(dense_x, weight.dequantize(), linear.bias) * upstream).sum().backward()
+    torch.testing.assert_close(x.grad, dense_x.grad)
+
+
+def test_inference_mode_leaves_the_scratch_usable():
+    reference._scratch.buffers.clear()
+    linear, _ = make("W4A16G64", torch.float32)
+    with torch.inference_mode():
+        inside = linear(inputs(3))
+    assert torch.equal(linear(inputs(3)), inside)
+
+
+def test_threads_do_not_share_scratch():
+    layers = [make(scheme, torch.float32)[0] for scheme in ("W4A16G64", "W4ZA16G64", "W8A16G64")]
+    x = inputs(3)
+    want = [layer(x) for layer in layers]
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(50):
+            if not torch.equal(layers[number](x), want[number]):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@DTYPES
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero point"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("granularity", ["token", "tensor"])
+def test_activations_are_rounded_as_compressed_tensors_does(granularity, bits, symmetric, dtype):
+    forward = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    args = quantization.QuantizationArgs(num_bits=bits, symmetric=symmetric, strategy=granularity, dynamic=True)
+    module = torch.nn.Linear(1, 1)
+    module.quantization_status = quantization.QuantizationStatus.FROZEN
+    x = inputs(3, 17, dtype=dtype)
+    x[0, 0] = 0  # a token without range
+    x[0, 1] = x[0, 1].abs()  # no negative value
+    x[0, 2, 3] = -50  # an outlier on the side that is not clipped
+    want = forward.forward_quantize(module, x, "input", args)
+    scheme = ActivationScheme(bits=bits, symmetric=symmetric, granularity=granularity)
+    assert torch.equal(reference.fake_quantize(x, scheme), want)
+
+
+def test_tokens_do_not_depend_on_their_neighbours():
+    x = inputs(4, 3)
+    scheme = ActivationScheme(bits=8)
+    whole = reference.fake_quantize(x, scheme)
+    assert torch.equal(reference.fake_quantize(x[2:3], scheme), whole[2:3])
+    assert torch.equal(reference.fake_quantize(x.reshape(12, IN), scheme), whole.reshape(12, IN))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from quantkit.cli.console import print_json, size, table
 
 EXAMPLES = """Examples:
 
@@ -22,7 +23,6 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
     """Per-layer table of a quantised checkpoint: scheme, bits per weight as stored, size, weight error."""
-    from quantkit.cli.console import size, table
     from quantkit.formats.inspect import inspect_checkpoint
 
     if sort not in ("model", "error", "size"):
@@ -45,8 +45,12 @@ def inspect(
             }
             for layer in layers
         ]
-        summary = {"quant_method": report.method, "bits_per_weight": report.bits_per_weight, "bytes": report.total_bytes}
-        print(json.dumps(summary | {"layers": rows}, indent=2))
+        summary = {
+            "quant_method": report.method,
+            "bits_per_weight": report.bits_per_weight,
+            "bytes": report.total_bytes,
+        }
+        print_json(summary | {"layers": rows})
         return
     table(
         ["layer", "out x in", "stored as", "bits/weight", "size", "weight error"],
@@ -61,6 +65,7 @@ def inspect(
             ]
             for layer in layers
         ],
+        right=("bits/weight", "size", "weight error"),
     )
     print(
         f"{len(layers)} quantised linears ({report.method}) at {report.bits_per_weight:.3f} bits per weight; "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quantkit.cli.console import Progress, print_json, size, table
 from quantkit.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -26,18 +26,30 @@ quantkit quantize ./my-model --recipe recipe.yaml -o out --resume
 def quantize(
     model: Annotated[str, typer.Argument(help="hub id, local folder, or 'demo'")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="folder for the checkpoint")] = None,
-    method: Annotated[str | None, typer.Option(help="methods joined by '+'; see `quantkit methods`  [default: sinq]")] = None,
-    scheme: Annotated[str | None, typer.Option(help="for example W4A16G64, W8A8, W3ZA16G128, WNF4A16G64  [default: W4A16G64]")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="methods joined by '+'; see `quantkit methods`  [default: sinq]")
+    ] = None,
+    scheme: Annotated[
+        str | None, typer.Option(help="for example W4A16G64, W8A8, W3ZA16G128, WNF4A16G64  [default: W4A16G64]")
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML or JSON recipe; the other flags override it")] = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="module to leave in full precision (name, glob or re:...); repeatable")] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="module to leave in full precision (name, glob or re:...); repeatable")
+    ] = None,
     format: Annotated[str | None, typer.Option(help="auto, compressed-tensors or quantkit")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32")] = None,
     seed: Annotated[int | None, typer.Option(help="seed of everything random")] = None,
-    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="keep layers with NaN or Inf in full precision")] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="keep layers with NaN or Inf in full precision")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is in the output folder")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="go on after the blocks that a stopped run finished")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on after the blocks that a stopped run finished")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the recipe and the plan, write nothing")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run code that comes with the model")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
     """Quantise MODEL block by block and prove that the saved checkpoint reloads."""
@@ -51,11 +63,13 @@ def quantize(
         from quantkit.pipeline import prepare
 
         plan, _, _ = prepare(model, expanded, trust_remote_code=trust_remote_code)
-        print(json.dumps(plan.describe(), indent=2)) if as_json else _print_plan(plan)
+        if as_json:
+            print_json(plan.describe())
+        else:
+            _print_plan(plan)
         return
     if output is None:
         raise RecipeError("no output folder given; add -o OUT (or --dry-run to see the plan only).")
-    from quantkit.cli.console import Progress
     from quantkit.pipeline import quantize as run
 
     with Progress(quiet=as_json) as progress:
@@ -64,36 +78,27 @@ def quantize(
             trust_remote_code=trust_remote_code, on_progress=progress.update,
         )  # fmt: skip
     if as_json:
-        print(json.dumps(vars(result) | {"output": str(result.output)}, indent=2))
+        print_json(vars(result) | {"output": str(result.output)})
         return
     print(
         f"{result.output}: {result.layers} linears at {result.bits_per_weight:.3f} bits per weight, "
-        f"{_size(result.source_bytes)} -> {_size(result.output_bytes)}, {result.seconds:.1f} s, "
-        f"peak memory {_size(result.peak_rss_bytes)}"
+        f"{size(result.source_bytes)} -> {size(result.output_bytes)}, {result.seconds:.1f} s, "
+        f"peak memory {size(result.peak_rss_bytes)}"
     )
     print(f"reload checked; loads in {result.loads_in}")
 
 
 def _print_plan(plan: Plan) -> None:
-    from quantkit.cli.console import table
-
     print(plan.recipe.to_yaml())
     rows = []
     for layer in plan.layers:
         held = "full precision" if layer.format is None else layer.format.describe()
-        rows.append([layer.name, f"{layer.out_features} x {layer.in_features}", held, layer.reason, _size(layer.stored_bytes)])
+        rows.append(
+            [layer.name, f"{layer.out_features} x {layer.in_features}", held, layer.reason, size(layer.stored_bytes)]
+        )
     table(["layer", "out x in", "stored as", "note", "size"], rows)
     print(f"format: {plan.format} ({plan.format_reason})")
     print(f"loads in: {plan.loads_in}")
-    print(f"size: {_size(plan.source_bytes)} -> {_size(plan.output_bytes)}; peak memory about {_size(plan.peak_bytes)}")
+    print(f"size: {size(plan.source_bytes)} -> {size(plan.output_bytes)}; peak memory about {size(plan.peak_bytes)}")
     for note in plan.notes:
         print(f"note: {note}")
-
-
-def _size(count: float) -> str:
-    """Bytes as a person reads them: 7.7 MB, 1.24 GB."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"

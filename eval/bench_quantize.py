@@ -22,7 +22,7 @@ HEADS, KV_HEADS = 16, 4
 
 
 def write_random_llama(folder: Path, blocks: int, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE) -> int:
-    """A bf16 Llama checkpoint with Gaussian weights, one shard per block; returns the weights in its decoder linears."""
+    """A bf16 Llama checkpoint with Gaussian weights, a shard per block; returns how many weights its linears have."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig
@@ -67,8 +67,8 @@ def write_random_llama(folder: Path, blocks: int, hidden: int = HIDDEN, intermed
 
 
 def run_quantize(source: Path, output: Path, method: str, scheme: str) -> dict[str, Any]:
-    """``quantkit quantize`` in a process of its own; returns what it prints with ``--json`` and its run record's blocks."""
-    command = [sys.executable, "-m", "quantkit.cli.main", "quantize", str(source), "-o", str(output)]
+    """``quantkit quantize`` in a process of its own: what it prints with ``--json``, and the seconds of each block."""
+    command = [sys.executable, "-m", "quantkit", "quantize", str(source), "-o", str(output)]
     command += ["--method", method, "--scheme", scheme, "--overwrite", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -79,8 +79,10 @@ def run_quantize(source: Path, output: Path, method: str, scheme: str) -> dict[s
     return result
 
 
-def memory_and_speed(folder: Path, depths: list[int], methods: list[str], scheme: str, rounds: int) -> list[dict[str, Any]]:
-    """Peak RSS at each depth, and million weights per second; methods alternate so that they share the machine's moods."""
+def memory_and_speed(
+    folder: Path, depths: list[int], methods: list[str], scheme: str, rounds: int
+) -> list[dict[str, Any]]:
+    """Peak RSS at each depth, and million weights per second; methods alternate, to share the machine's moods."""
     rows = []
     for depth in depths:
         weights = write_random_llama(folder / f"llama-{depth}", depth)
@@ -138,7 +140,9 @@ def main() -> None:
         report = {
             "command": "python -m quantkit.eval.bench_quantize " + " ".join(sys.argv[1:]),
             "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+            "versions": {
+                "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__
+            },
             "memory_and_speed": speed, "bits_per_weight": stored,
         }  # fmt: skip
         args.output.write_text(json.dumps(report, indent=2) + "\n")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import quantkit
-from quantkit.errors import QuantkitError, RecipeError
+from quantkit.errors import QuantkitError
 from quantkit.formats.config import native_config, portable_config
 from quantkit.formats.layer import LayerFormat, to_tensors
 from quantkit.formats.quantized import QuantizedWeight
@@ -92,7 +92,7 @@ def quantize(
         output: folder to create; must not exist or be empty unless ``overwrite``.
         method: preset, methods joined by ``+``: ``rtn``, ``sinq``, ``sinq+rtn``.
         scheme: ``W4A16G64`` and the like.
-        recipe: a ``Recipe``, a mapping, or the path of a YAML/JSON file; ``method``, ``scheme`` and ``flags`` override it.
+        recipe: a ``Recipe``, a mapping, or the path of a YAML/JSON file; what else is given overrides it.
         resume: go on after the blocks that an earlier, stopped run of the same recipe finished.
         flags: any other field of ``Recipe``: ``ignore``, ``format``, ``dtype``, ``seed``, ``allow_nonfinite``.
 
@@ -112,7 +112,11 @@ def quantize(
     try:
         run = _Run(plan, skeleton, checkpoint, writer, on_progress or (lambda stage, done, total: None))
         result = run.all(started)
-    except ResumableError:
+    except (ResumableError, KeyboardInterrupt) as stop:
+        if not writer.done:
+            writer.discard()
+        elif isinstance(stop, KeyboardInterrupt):
+            logger.warning("finished blocks are kept in %s: repeat the command with --resume to go on.", writer.folder)
         raise
     except QuantkitError:
         writer.discard()

@@ -148,7 +148,8 @@ def make_plan(recipe: Recipe, source: Path, skeleton: Skeleton, checkpoint: Chec
     scheme = recipe.scheme
     if scheme.kv is not None:
         raise RecipeError(
-            f"scheme {scheme.name}: quantising the KV cache is not available in this version; leave KV{scheme.kv.bits} out."
+            f"scheme {scheme.name}: quantising the KV cache is not available in this version; "
+            f"leave KV{scheme.kv.bits} out."
         )
     if scheme.weights is None:
         raise RecipeError(

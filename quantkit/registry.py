@@ -34,15 +34,28 @@ class Method:
 
 _PORTABLE = "transformers, vLLM (symmetric 2/4/8 bits); quantkit otherwise"
 
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Method("rtn", "rounding", "quantkit.quantizers.rtn", "round to nearest; min/max or MSE-searched range; uniform or NF4",
-               "Dettmers et al., QLoRA, arXiv 2305.14314 (NF4)", "nothing", _PORTABLE),
-        Method("sinq", "transform", "quantkit.transforms.sinq", "balance column spread by Sinkhorn iteration, then round",
-               "Mueller et al., SINQ, arXiv 2509.22944", "nothing", _PORTABLE),
-    )
-}  # fmt: skip
+_ROWS = (
+    Method(
+        name="rtn",
+        kind="rounding",
+        module="quantkit.quantizers.rtn",
+        summary="round to nearest; min/max or MSE-searched range; uniform or NF4 levels",
+        paper="NF4: Dettmers et al., QLoRA, arXiv 2305.14314",
+        needs="nothing",
+        loads_in=_PORTABLE,
+    ),
+    Method(
+        name="sinq",
+        kind="transform",
+        module="quantkit.transforms.sinq",
+        summary="balance the spread of weight columns by Sinkhorn iteration before rounding",
+        paper="Mueller et al., SINQ, arXiv 2509.22944",
+        needs="nothing",
+        loads_in=_PORTABLE,
+    ),
+)
+
+METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
 
 
 def get(name: str) -> Method:

@@ -84,8 +84,8 @@ def verify(
     difference = _difference(stream.logits(hidden, captured), logits)
     if difference > TOLERANCE:
         raise QuantkitError(
-            f"the saved final norm and head answer the probe differently from the source's "
-            f"(relative difference {difference:.2e}): nothing was published. This is a bug in quantkit; please report it."
+            "the saved final norm and head answer the probe differently from the source's (relative difference "
+            f"{difference:.2e}): nothing was published. This is a bug in quantkit; please report it."
         )
     return max(worst, difference)
 

@@ -24,7 +24,7 @@ def logits_of(loader: str, folder: Path) -> torch.Tensor:
         model, _ = quantkit.load(folder)
         return model(PROMPT).logits.float()
     if loader == "native":
-        import quantkit  # noqa: F401  (registers the format)
+        import quantkit
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)

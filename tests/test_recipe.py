@@ -97,5 +97,5 @@ def test_flags_override_a_recipe_and_none_does_not():
 def test_method_presets():
     assert method_steps("sinq") == [{"method": "sinq"}, {"method": "rtn"}]
     assert method_steps("rtn") == [{"method": "rtn"}]
-    with pytest.raises(RecipeError, match="unknown method 'snq'. Did you mean 'sinq'"):
+    with pytest.raises(RecipeError, match=r"unknown method 'snq'\. Did you mean 'sinq'"):
         method_steps("snq")

@@ -30,7 +30,7 @@ SINGLE_FILE_BYTES = 64 * 2**20
 """Outputs up to this size become one file; merging larger ones would hold them in memory."""
 
 _WEIGHT_SUFFIXES = frozenset(
-    ".safetensors .bin .pt .pth .ckpt .gguf .ggml .h5 .msgpack .onnx .onnx_data .ot .npz .tflite .mlmodel".split()
+    ".safetensors .bin .pt .pth .ckpt .gguf .ggml .h5 .msgpack .onnx .onnx_data .ot .npz .tflite .mlmodel".split()  # noqa: SIM905
 )
 
 
@@ -102,12 +102,7 @@ class CheckpointWriter:
 
     def write_shard(self, key: str, number: int, tensors: Mapping[str, Tensor], event: Mapping[str, Any]) -> None:
         """Commit one shard; ``key`` marks it as done for a resumed run, ``event`` is kept with it in the record."""
-        path = self.folder / self._shard_name(number)
-        temporary = path.with_suffix(".tmp")
-        with _disk(temporary):
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"})
-            _sync(temporary)
-            os.replace(temporary, path)
+        self._save(tensors, self._shard_name(number))
         size = sum(tensor.nbytes for tensor in tensors.values())
         self.done[key] = {"event": "shard", "key": key, "number": number, "bytes": size, **event}
         self.record(self.done[key])
@@ -135,12 +130,7 @@ class CheckpointWriter:
             merged: dict[str, Tensor] = {}
             for file in files:
                 merged |= load_file(self.folder / file)
-            temporary = self.folder / "model.safetensors.tmp"
-            with _disk(temporary):
-                save_file(merged, temporary, {"format": "pt"})
-                _sync(temporary)
-                os.replace(temporary, self.folder / "model.safetensors")
-            del merged
+            self._save(merged, "model.safetensors")
             for file in files:
                 (self.folder / file).unlink()
             return
@@ -177,6 +167,14 @@ class CheckpointWriter:
     def _shard_name(self, number: int) -> str:
         return f"model-{number:05d}-of-{self.shards:05d}.safetensors"
 
+    def _save(self, tensors: Mapping[str, Tensor], name: str) -> None:
+        temporary = self.folder / f"{name}.tmp"
+        with _disk(self.folder / name):
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, {"format": "pt"})
+            temporary.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
+            _sync(temporary)
+            os.replace(temporary, self.folder / name)
+
     def _write_text(self, name: str, text: str) -> None:
         with _disk(self.folder / name):
             write_atomic(self.folder / name, text.encode())
@@ -211,6 +209,12 @@ def write_atomic(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _sync(path: Path) -> None:

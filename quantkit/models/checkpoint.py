@@ -140,6 +140,8 @@ def _read_index(file: Path) -> dict[str, TensorInfo]:
         raise QuantkitError(f"{file} is not a safetensors index (JSON with a 'weight_map'); fetch it again.") from None
     shards: dict[str, dict[str, TensorInfo]] = {}
     for shard in sorted(set(weight_map.values())):
+        if Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise QuantkitError(f"{file} names the shard {shard}, which is outside its folder; fetch the index again.")
         if not (file.parent / shard).is_file():
             raise QuantkitError(f"{file} names the shard {shard}, which is not in the folder; fetch the missing file.")
         shards[shard] = _read_header(file.parent / shard)

@@ -14,6 +14,7 @@ from transformers.core_model_loading import WeightConverter, dot_natural_key
 from transformers.quantizers.base import HfQuantizer
 
 from quantkit.errors import QuantkitError
+from quantkit.layers.quant_experts import ExpertNames
 from quantkit.models.architectures import ARCHITECTURES, expert_shapes, refusals, sites
 from quantkit.models.block import Block, LinearInfo, Site
 from quantkit.models.checkpoint import Checkpoint, TensorInfo
@@ -121,6 +122,12 @@ class Skeleton:
                 found.extend(LinearInfo(name, rows, columns, False) for name, (rows, columns) in experts.items())
         return tuple(found)
 
+    @property
+    def expert_names(self) -> ExpertNames:
+        """What the projections of an expert are called in linears' names."""
+        experts = self.architecture.experts if self.architecture else None
+        return ExpertNames(experts.gate, experts.up, experts.down) if experts else ExpertNames()
+
     def sites(self, index: int) -> tuple[Site, ...]:
         """Where activations of block ``index`` can be transformed; none for an unknown architecture."""
         if self.architecture is None:
@@ -150,8 +157,14 @@ class Skeleton:
         """Compare every tensor of ``checkpoint`` with the model, from the headers alone.
 
         Raises:
-            QuantkitError: a tensor is missing or has another shape than the configuration asks for.
+            QuantkitError: a tensor is missing or has another shape than the configuration asks for, or no block has a
+                linear that could be quantised.
         """
+        if self._quantizer is None and not any(self.linears(index) for index in range(self.num_blocks)):
+            raise QuantkitError(
+                f"{self.class_name} has no nn.Linear in '{self.blocks_path}', so there is nothing that quantkit can "
+                "quantise; its matrices are of a kind of their own (see CONTRIBUTING on adding an architecture)."
+            )
         shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
         tied = self.model.all_tied_weights_keys
         partner = tied | {source: target for target, source in tied.items()}
@@ -233,8 +246,9 @@ class Skeleton:
                 merged[local] = tensors[local]
                 continue
             target, pattern = found
-            converter = converters.setdefault(target, copy.deepcopy(by_pattern[pattern]))
-            converter.collected_tensors[pattern].append(tensors[local])  # type: ignore[arg-type]  # as it does on saving
+            if target not in converters:  # every merged tensor needs a converter of its own
+                converters[target] = copy.deepcopy(by_pattern[pattern])
+            converters[target].collected_tensors[pattern].append(tensors[local])  # type: ignore[arg-type]  # as it does on saving
         for target, converter in converters.items():
             for name, value in converter.convert(target, model=self.model, config=self.model.config).items():
                 merged[name.removeprefix(prefix)] = value[0] if isinstance(value, list) else value

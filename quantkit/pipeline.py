@@ -232,7 +232,7 @@ class _Run:
         bad = [name for name, tensor in block.tensors.items() if not _finite(tensor)]
         if bad and not self.recipe.allow_nonfinite:
             name = self.skeleton.checkpoint_name(block.prefix + bad[0])
-            file = self.checkpoint.names[name].file
+            file = self.skeleton.tensor_info(block.prefix + bad[0], self.checkpoint).file
             raise QuantkitError(
                 f"tensor {name} in {file} holds NaN or Inf: the source is damaged, fetch it again; "
                 "--allow-nonfinite keeps such layers in full precision and goes on."

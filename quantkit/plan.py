@@ -162,9 +162,7 @@ def make_plan(recipe: Recipe, source: Path, skeleton: Skeleton, checkpoint: Chec
     kept = [layer for layer in layers if layer.format is None]
     if len(kept) == len(layers):
         raise RecipeError(f"nothing is left to quantise: all {len(layers)} linears match ignore {list(recipe.ignore)}.")
-    notes = []
-    if skeleton.architecture is None:
-        notes.append(skeleton.limits)
+    notes = [skeleton.limits] if skeleton.limits else []
     obstacle = portable_reason({layer.name: layer.format for layer in layers if layer.format}, _shapes(layers))
     if recipe.format == "compressed-tensors" and obstacle:
         raise RecipeError(f"--format compressed-tensors cannot hold this result: {obstacle} Use --format auto.")
@@ -174,7 +172,7 @@ def make_plan(recipe: Recipe, source: Path, skeleton: Skeleton, checkpoint: Chec
         notes += _marlin_notes(layers)
     quantised = sum(layer.stored_bytes for layer in layers if layer.format)
     rest = checkpoint.nbytes - sum(
-        checkpoint.nbytes_of(skeleton.checkpoint_name(f"{layer.name}.weight")) for layer in layers if layer.format
+        skeleton.tensor_info(f"{layer.name}.weight", checkpoint).nbytes for layer in layers if layer.format
     )
     return Plan(
         recipe=recipe,
@@ -211,8 +209,7 @@ def model_dtype(recipe: Recipe, skeleton: Skeleton, checkpoint: Checkpoint) -> t
         chosen: torch.dtype = getattr(torch, recipe.dtype)
         return chosen
     first = skeleton.linears(0)[0].name
-    name = skeleton.checkpoint_name(f"{skeleton.block_prefix(0)}{first}.weight")
-    return checkpoint.names[name].dtype
+    return skeleton.tensor_info(f"{skeleton.block_prefix(0)}{first}.weight", checkpoint).dtype
 
 
 def _plan_layers(
@@ -274,6 +271,6 @@ def _peak_bytes(layers: tuple[LayerPlan, ...], skeleton: Skeleton, checkpoint: C
         prefix = skeleton.block_prefix(index)
         sizes = [layer.out_features * layer.in_features for layer in layers if layer.name.startswith(prefix)]
         block, largest = max(block, sum(sizes)), max(largest, *sizes)
-    other = sum(checkpoint.nbytes_of(skeleton.checkpoint_name(name)) for name in skeleton.other_tensors())
+    other = sum(skeleton.tensor_info(name, checkpoint).nbytes for name in skeleton.other_tensors())
     interpreter = 350 * 2**20
     return interpreter + max(block * (4 + 4 + 2) + largest * 12, 2 * other)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quantkit.models.block import Block, Site
+from quantkit.quantizers.grid import row_chunks
 
 
 def apply_scale(block: Block, site: Site, t: Tensor, quantised: Collection[str]) -> Tensor:
@@ -34,9 +35,18 @@ def apply_scale(block: Block, site: Site, t: Tensor, quantised: Collection[str])
     applied = _scale_norm(block, site, t) if site.kind == "norm" else _scale_rows(block, site, t, quantised)
     columns = consumer_columns(site, applied)
     for consumer in site.consumers:
-        name = f"{consumer}.weight"
-        block.tensors[name] = (block.tensors[name].double() / columns).float()
+        divide_columns(block.weight(consumer), columns)
     return applied
+
+
+def divide_columns(weight: Tensor, t: Tensor) -> None:
+    """``weight`` [rows, columns] / ``t`` [columns], in place; float64 arithmetic, a chunk of rows at a time."""
+    inverse = t.double().reciprocal()
+    scratch = torch.empty(0, dtype=torch.float64)
+    for chunk in row_chunks(*weight.shape):
+        rows = weight[chunk]
+        scratch = scratch if scratch.shape == rows.shape else torch.empty(rows.shape, dtype=torch.float64)
+        rows.copy_(torch.mul(rows, inverse, out=scratch))
 
 
 def consumer_columns(site: Site, signal: Tensor) -> Tensor:
@@ -53,10 +63,10 @@ def _scale_norm(block: Block, site: Site, t: Tensor) -> Tensor:
     stored = (gain * t - site.norm_offset).to(block.stored_dtypes[name]).double()
     applied = (stored + site.norm_offset) / gain
     usable = applied.isfinite() & (applied > 0)
-    block.tensors[name] = torch.where(usable, stored, gain - site.norm_offset).float()
+    _write(block, name, torch.where(usable, stored, gain - site.norm_offset))
     applied = torch.where(usable, applied, 1.0)
     if bias in block.tensors:
-        block.tensors[bias] = (block.tensors[bias].double() * applied).float()
+        _write(block, bias, block.tensors[bias].double() * applied)
     return applied
 
 
@@ -72,9 +82,12 @@ def _scale_rows(block: Block, site: Site, t: Tensor, quantised: Collection[str])
         after = after.to(block.stored_dtypes[name]).double()
         fitted = (after * before).sum(1) / before.square().sum(1)
         applied = torch.where(fitted.isfinite() & (fitted > 0), fitted, t)
-    block.tensors[name] = block.tensors[name].index_copy(0, rows, after.float())
+    _write(block, name, after, rows)
     if bias in block.tensors:
-        block.tensors[bias] = block.tensors[bias].index_copy(
-            0, rows, (block.tensors[bias][rows].double() * applied).float()
-        )
+        _write(block, bias, block.tensors[bias][rows].double() * applied, rows)
     return applied
+
+
+def _write(block: Block, name: str, values: Tensor, rows: Tensor | slice = slice(None)) -> None:
+    """Put float64 ``values`` into (rows of) a working copy."""
+    block.tensors[name][rows] = values.to(block.tensors[name].dtype)

@@ -38,7 +38,8 @@ class Row:
     bits_per_weight: float
     """Stored bits per quantised weight, scales included; NaN for the model as it came."""
     checkpoint_bytes: int
-    loads_in: str
+    format: str
+    """compressed-tensors, quantkit, or nothing for the model as it came."""
     perplexity: dict[str, float]
     """By name of the text."""
 
@@ -67,8 +68,8 @@ def main(
                 flags = [f"--method={name}", f"--scheme={wanted}", f"--output={output}", "--overwrite"]
                 run = _quantkit("quantize", model, *flags)
                 after = _perplexity(str(output), measure)
-                rows.append(Row(name, wanted, run["bits_per_weight"], run["output_bytes"], run["loads_in"], after))
-    original = Row("as it came", "", math.nan, run["source_bytes"], "transformers", before)
+                rows.append(Row(name, wanted, run["bits_per_weight"], run["output_bytes"], run["format"], after))
+    original = Row("as it came", "", math.nan, run["source_bytes"], "", before)
     print(markdown_table(original, rows))
     seconds = time.perf_counter() - started
     print(f"\n{len(rows)} checkpoints in {seconds:.0f} s; each was saved, then loaded and measured in a new process.")
@@ -94,7 +95,7 @@ def markdown_table(original: Row, rows: Sequence[Row]) -> str:
     """``original`` and then one line per row, perplexities with their change against it."""
     texts = list(original.perplexity)
     lines = [
-        ["method", "scheme", "bits per weight", "checkpoint", *(f"perplexity, {name}" for name in texts), "loads in"],
+        ["method", "scheme", "bits per weight", "format", "checkpoint", *(f"perplexity, {name}" for name in texts)],
         ["---"] * (5 + len(texts)),
     ]
     for row in (original, *rows):
@@ -103,7 +104,7 @@ def markdown_table(original: Row, rows: Sequence[Row]) -> str:
             changes = [row.perplexity[name] / original.perplexity[name] - 1 for name in texts]
             numbers = [f"{number} ({change:+.1%})" for number, change in zip(numbers, changes, strict=True)]
         bits = "" if math.isnan(row.bits_per_weight) else f"{row.bits_per_weight:.2f}"
-        lines.append([row.method, row.scheme, bits, f"{row.checkpoint_bytes / 1e6:.2f} MB", *numbers, row.loads_in])
+        lines.append([row.method, row.scheme, bits, row.format, f"{row.checkpoint_bytes / 1e6:.2f} MB", *numbers])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines

@@ -387,8 +387,7 @@ def _finite(tensor: Tensor) -> bool:
 
 def _relative_error(weight: Tensor, dense: Tensor, column_scale: Tensor | None) -> float:
     """Frobenius norm of the error over the weight's, measured on the source's columns (folded scales undone)."""
-    error = dense - weight
-    if column_scale is not None:
-        error, weight = error * column_scale, weight * column_scale
-    norm = float(weight.norm())
-    return float(error.norm()) / norm if norm else 0.0
+    columns = torch.ones(weight.shape[1]) if column_scale is None else column_scale.float()
+    error = torch.linalg.vector_norm(dense - weight, dim=0)  # per column: the scale then costs nothing
+    norm = float((torch.linalg.vector_norm(weight, dim=0) * columns).norm())
+    return float((error * columns).norm()) / norm if norm else 0.0

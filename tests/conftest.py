@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # matrices this small gain nothing from more, and lose a lot on a busy machine
 
 
 @pytest.fixture(scope="session")

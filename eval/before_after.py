@@ -21,6 +21,9 @@ from typing import Annotated, Any
 
 import typer
 
+from quantkit.errors import RecipeError, did_you_mean
+from quantkit.eval.environment import environment
+
 METHODS = ["rtn", "sinq"]
 SCHEMES = ["W4A16G64", "W3A16G64", "W2A16G64"]
 DTYPE = "float32"
@@ -35,8 +38,8 @@ class Row:
 
     method: str
     scheme: str
-    bits_per_weight: float
-    """Stored bits per quantised weight, scales included; NaN for the model as it came."""
+    bits_per_weight: float | None
+    """Stored bits per quantised weight, scales included; None for the model as it came."""
     checkpoint_bytes: int
     format: str
     """compressed-tensors, quantkit, or nothing for the model as it came."""
@@ -51,7 +54,12 @@ def main(
     scheme: Annotated[list[str] | None, typer.Option(help="repeatable", show_default=", ".join(SCHEMES))] = None,
     seqlen: Annotated[int | None, typer.Option(help="as `quantkit eval`")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="as `quantkit eval`")] = None,
+    edit: Annotated[
+        list[str] | None,
+        typer.Option(help="first make a copy that is harder to quantise: spread, outliers; repeatable"),
+    ] = None,
     keep: Annotated[Path | None, typer.Option(help="folder for the checkpoints; not given: they are deleted")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the figures")] = None,
 ) -> None:
     """Quantise MODEL by each method at each scheme, reload each result, print perplexities beside the original's."""
     measure = [f"--ppl={name}" for name in text]
@@ -59,9 +67,10 @@ def main(
     measure += [f"--seqlen={seqlen}"] if seqlen else []
     measure += [f"--max-tokens={max_tokens}"] if max_tokens else []
     started = time.perf_counter()
-    before = _perplexity(model, measure)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
+        model = _harder(model, edit, Path(scratch) / "source") if edit else model
+        before = _perplexity(model, measure)
         for wanted in scheme or SCHEMES:
             for name in method or METHODS:
                 output = (keep or Path(scratch)) / f"{name}-{wanted}"
@@ -69,10 +78,25 @@ def main(
                 run = _quantkit("quantize", model, *flags)
                 after = _perplexity(str(output), measure)
                 rows.append(Row(name, wanted, run["bits_per_weight"], run["output_bytes"], run["format"], after))
-    original = Row("as it came", "", math.nan, run["source_bytes"], "", before)
+    original = Row("as it came", "", None, run["source_bytes"], "", before)
     print(markdown_table(original, rows))
     seconds = time.perf_counter() - started
     print(f"\n{len(rows)} checkpoints in {seconds:.0f} s; each was saved, then loaded and measured in a new process.")
+    if output:
+        command = "python -m quantkit.eval.before_after " + " ".join(sys.argv[1:])
+        report = {"command": command, "environment": environment(), "rows": [vars(row) for row in (original, *rows)]}
+        output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _harder(model: str, edits: Sequence[str], folder: Path) -> str:
+    """A copy of ``model`` in ``folder`` that computes the same and is harder to quantise."""
+    from quantkit.eval.injectors import EDITS, inject
+    from quantkit.models.source import resolve
+
+    unknown = [name for name in edits if name not in EDITS]
+    if unknown:
+        raise RecipeError(f"unknown edit '{unknown[0]}'. {did_you_mean(unknown[0], EDITS)}")
+    return str(inject(resolve(model), folder, [EDITS[name] for name in edits]))
 
 
 def _perplexity(model: str, measure: Sequence[str]) -> dict[str, float]:
@@ -103,7 +127,7 @@ def markdown_table(original: Row, rows: Sequence[Row]) -> str:
         if row is not original:
             changes = [row.perplexity[name] / original.perplexity[name] - 1 for name in texts]
             numbers = [f"{number} ({change:+.1%})" for number, change in zip(numbers, changes, strict=True)]
-        bits = "" if math.isnan(row.bits_per_weight) else f"{row.bits_per_weight:.2f}"
+        bits = "" if row.bits_per_weight is None else f"{row.bits_per_weight:.2f}"
         lines.append([row.method, row.scheme, bits, row.format, f"{row.checkpoint_bytes / 1e6:.2f} MB", *numbers])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from quantkit.eval.environment import environment
 
 HIDDEN, INTERMEDIATE, VOCAB = 1024, 2816, 32000
 HEADS, KV_HEADS = 16, 4
@@ -125,9 +125,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
-    import torch
-    import transformers
-
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         speed = memory_and_speed(folder, args.depths, args.methods, args.scheme, args.rounds)
@@ -139,10 +136,7 @@ def main() -> None:
     if args.output:
         report = {
             "command": "python -m quantkit.eval.bench_quantize " + " ".join(sys.argv[1:]),
-            "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-            "versions": {
-                "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__
-            },
+            "environment": environment(),
             "memory_and_speed": speed, "bits_per_weight": stored,
         }  # fmt: skip
         args.output.write_text(json.dumps(report, indent=2) + "\n")

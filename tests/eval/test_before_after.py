@@ -8,7 +8,7 @@ from quantkit.eval.before_after import Row, markdown_table
 
 
 def test_the_table_compares_with_the_original() -> None:
-    original = Row("as it came", "", math.nan, 7_940_552, "", {"demo": 20.0})
+    original = Row("as it came", "", None, 7_940_552, "", {"demo": 20.0})
     quantised = Row("sinq", "W2A16G64", 2.5, 2_000_000, "quantkit", {"demo": 25.0})
     broken = Row("rtn", "W2A16G64", 2.5, 2_000_000, "quantkit", {"demo": math.inf})
     assert markdown_table(original, [quantised, broken]).splitlines() == [

@@ -1,0 +1,71 @@
+"""``quantkit quantize`` and ``quantkit inspect`` on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from quantkit.cli.main import app
+from quantkit.models.checkpoint import Checkpoint
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def test_dry_run_plans_and_writes_nothing(tiny, tmp_path):
+    flags = ("--scheme", "W4A16GC", "--ignore", "*.w2", "-o", tmp_path / "out")
+    text = run("quantize", tiny("mixtral"), "--dry-run", *flags)
+    assert "scheme:" in text
+    assert "steps:" in text
+    assert "model.layers.0.mlp.experts.0.w1" in text
+    line = next(line for line in text.splitlines() if line.startswith("model.layers.1.mlp.experts.2.w2"))
+    assert "full precision" in line
+    assert "ignored" in line
+    assert "loads in:" in text
+    assert "peak memory about" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_says_exactly_how_large_the_output_will_be(tiny, tmp_path):
+    for name, scheme in (("llama", "W3A16G32"), ("qwen2_moe", "W4A16G32"), ("opt", "W8A8"), ("gpt_neox", "WNF4A16G64")):
+        plan = json.loads(run("quantize", tiny(name), "--dry-run", "--json", "--scheme", scheme))
+        out = tmp_path / f"{name}-{scheme}"
+        result = json.loads(run("quantize", tiny(name), "--json", "--scheme", scheme, "-o", out))
+        assert plan["output_bytes"] == result["output_bytes"] == Checkpoint.open(out).nbytes
+        assert plan["format"] == result["format"]
+
+
+def test_inspect_agrees_with_the_files(tiny, tmp_path):
+    for name in ("llama", "mixtral"):
+        out = tmp_path / name
+        result = json.loads(run("quantize", tiny(name), "--json", "--scheme", "W4A16G32", "-o", out))
+        report = json.loads(run("inspect", out, "--json", "--sort", "error"))
+        assert len(report["layers"]) == result["layers"]
+        assert report["bits_per_weight"] == pytest.approx(result["bits_per_weight"])
+        errors = [layer["error"] for layer in report["layers"]]
+        assert errors == sorted(errors, reverse=True)
+        assert 0.02 < errors[-1] < errors[0] < 0.3
+        assert report["bytes"] == Checkpoint.open(out).nbytes
+        table = run("inspect", out)
+        assert f"{result['layers']} quantised linears" in table
+        assert "W4SA16G32" in table
+
+
+def test_the_saved_recipe_repeats_the_run(tiny, tmp_path):
+    flags = ("--method", "sinq", "--scheme", "W3A16G32", "--ignore", "*.k_proj")
+    run("quantize", tiny("llama"), *flags, "-o", tmp_path / "a")
+    run("quantize", tiny("llama"), "--recipe", tmp_path / "a" / "quantkit-recipe.yaml", "-o", tmp_path / "b")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_inspect_of_a_float_model_says_what_to_do(tiny):
+    result = CliRunner().invoke(app, ["inspect", str(Path(tiny("llama")))])
+    assert result.exit_code == 1
+    assert "not quantised" in result.stderr

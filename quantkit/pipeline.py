@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -108,7 +109,8 @@ def quantize(
     torch.manual_seed(expanded.seed)
     fingerprint = {"recipe": expanded.model_dump(mode="json"), "source": source_fingerprint(plan.source)}
     shards = skeleton.num_blocks + (2 if skeleton.extra_tensors() else 1)
-    writer = CheckpointWriter(output, plan.source, fingerprint, shards, overwrite=overwrite, resume=resume)
+    about = {"model": str(model), "versions": _versions()} | {k: v for k, v in plan.describe().items() if k != "layers"}
+    writer = CheckpointWriter(output, plan.source, fingerprint, shards, about, overwrite=overwrite, resume=resume)
     try:
         run = _Run(plan, skeleton, checkpoint, writer, on_progress or (lambda stage, done, total: None))
         result = run.all(started)
@@ -319,15 +321,29 @@ class _Run:
     def _config(self) -> dict[str, Any]:
         """The source's config.json with our block, and the dtype if the recipe changes it."""
         config: dict[str, Any] = json.loads((self.plan.source / "config.json").read_text(encoding="utf-8"))
-        linears = [name for name, module in self.skeleton.model.named_modules() if isinstance(module, nn.Linear)]
-        linears += [layer.name for layer in self.plan.layers]  # experts are no modules of their own
-        kept = sorted({name for name in linears if name not in self.formats})
+        kept = self._linears_left_alone()
         build = portable_config if self.plan.format == "compressed-tensors" else native_config
         config["quantization_config"] = build(self.formats, ignore=kept)
         if self.recipe.dtype != "auto":
             config.pop("torch_dtype", None)
             config["dtype"] = self.recipe.dtype
         return config
+
+    def _linears_left_alone(self) -> list[str]:
+        """Names of every linear in full precision: heads, ignored or broken layers, routers.
+
+        Routers are no nn.Linear in transformers but are linears to vLLM, which knows them by their stored names.
+        """
+        skeleton = self.skeleton
+        kept = {name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)}
+        kept |= {layer.name for layer in self.plan.layers}  # experts are no modules of their own
+        for index in range(skeleton.num_blocks):
+            prefix = skeleton.block_prefix(index)
+            matrices = {f"{prefix}{name}" for name in skeleton.block_tensors(index) if name.endswith(".weight")}
+            routers = {name for name in matrices if len(skeleton.tensor_info(name, self.checkpoint).shape) == 2}
+            routers -= {f"{name}.weight" for name in kept}
+            kept |= {skeleton.checkpoint_name(name).removesuffix(".weight") for name in routers}
+        return sorted(kept - self.formats.keys())
 
     def _card(self) -> str:
         steps = " + ".join(step.method for step in self.recipe.steps)
@@ -360,6 +376,10 @@ class _Run:
     def _warn(self, text: str) -> None:
         self.warnings.append(text)
         logger.warning(text)
+
+
+def _versions() -> dict[str, str]:
+    return {"quantkit": quantkit.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def peak_rss() -> int:

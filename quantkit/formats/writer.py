@@ -45,6 +45,7 @@ class CheckpointWriter:
         output: the folder to create.
         fingerprint: anything JSON that must be the same for a resumed run (recipe, source files).
         shards: how many shards the checkpoint will have.
+        about: what the run record says of the run as a whole.
 
     Raises:
         RecipeError: ``output`` is a file, or not empty without ``overwrite``; or it holds the source.
@@ -56,6 +57,7 @@ class CheckpointWriter:
         source: Path,
         fingerprint: Any,
         shards: int,
+        about: Mapping[str, Any],
         *,
         overwrite: bool = False,
         resume: bool = False,
@@ -74,7 +76,7 @@ class CheckpointWriter:
             shutil.rmtree(self.folder)
         with _disk(self.folder):
             self.folder.mkdir(parents=True)
-        self.record({"event": "start", "fingerprint": digest})
+        self.record({"event": "start", "fingerprint": digest, **about})
 
     def _restore(self, digest: str) -> bool:
         path = self.folder / RUN_RECORD

@@ -116,7 +116,7 @@ def _read(path: Path, column: str) -> list[str]:
     try:
         if path.suffix == ".parquet":
             return _read_parquet(path, column)
-        text = path.read_bytes().decode("utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")  # line ends become \n, as wherever Python reads text
     except UnicodeDecodeError as error:
         raise QuantkitError(
             f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}; convert it, "

@@ -144,3 +144,8 @@ def test_offline_says_so_and_how_to_go_on(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], env=offline, cwd=Path.cwd(), capture_output=True, text=True)
     assert "QuantkitError: dataset 'wikitext2' (Salesforce/wikitext) is not in the local cache" in done.stderr
     assert "wikitext2=PATH" in done.stderr.splitlines()[-1]
+
+
+def test_line_ends_are_those_of_python(tmp_path: Path) -> None:
+    (tmp_path / "dos.txt").write_bytes("\ufeffone\r\ntwo\r\n".encode())
+    assert load_text(str(tmp_path / "dos.txt")).joined == "one\ntwo\n"

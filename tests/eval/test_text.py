@@ -27,7 +27,7 @@ def test_a_txt_file_is_one_document_word_for_word(tmp_path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo \xc3\xbc\n")
     text = load_text(str(path))
     assert text.name == "novels-test"
-    assert text.documents == ("one\r\n\r\ntwo ü\n",)  # without the byte-order mark, line ends untouched
+    assert text.documents == ("one\n\ntwo ü\n",)  # without the byte-order mark; line ends as Python reads text
 
 
 def test_jsonl_keeps_empty_documents_because_the_papers_do(jsonl: Path) -> None:
@@ -144,8 +144,3 @@ def test_offline_says_so_and_how_to_go_on(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], env=offline, cwd=Path.cwd(), capture_output=True, text=True)
     assert "QuantkitError: dataset 'wikitext2' (Salesforce/wikitext) is not in the local cache" in done.stderr
     assert "wikitext2=PATH" in done.stderr.splitlines()[-1]
-
-
-def test_line_ends_are_those_of_python(tmp_path: Path) -> None:
-    (tmp_path / "dos.txt").write_bytes("\ufeffone\r\ntwo\r\n".encode())
-    assert load_text(str(tmp_path / "dos.txt")).joined == "one\ntwo\n"

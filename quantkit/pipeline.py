@@ -13,32 +13,33 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 import quantkit
+from quantkit.blockwise import BlockQuantizer, QuantisedBlock
 from quantkit.errors import QuantkitError
 from quantkit.formats.config import native_config, portable_config
-from quantkit.formats.layer import LayerFormat, to_tensors
-from quantkit.formats.quantized import QuantizedWeight
+from quantkit.formats.layer import LayerFormat
 from quantkit.formats.writer import RECIPE_FILE, CheckpointWriter, ResumableError, check_output, source_fingerprint
-from quantkit.layers.simulate import simulate_inputs
-from quantkit.models.block import Block
 from quantkit.models.checkpoint import Checkpoint
 from quantkit.models.skeleton import Skeleton
 from quantkit.models.source import load_config, resolve
-from quantkit.models.stream import BlockStream, Captured
+from quantkit.models.stream import BlockStream
 from quantkit.plan import Plan, make_plan
 from quantkit.presets import expand
 from quantkit.recipe import Recipe
-from quantkit.transforms import fold
 from quantkit.verify import probe_ids, verify
+
+if TYPE_CHECKING:
+    from quantkit.calibrate.session import Session
 
 logger = logging.getLogger("quantkit")
 
@@ -140,20 +141,34 @@ class _Run:
         self.on_progress = on_progress
         self.formats: dict[str, LayerFormat] = {}
         self.warnings: list[str] = []
+        self.quantizer = BlockQuantizer(plan, skeleton, checkpoint, self._warn)
 
     def all(self, started: float) -> Result:
         skeleton, writer = self.skeleton, self.writer
         stream = BlockStream(skeleton, self.checkpoint, torch.float32)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._calibration() as session:
             captured = stream.capture(probe_ids(skeleton.config.vocab_size))
             hidden = captured.hidden
             for index in range(skeleton.num_blocks):
-                key = f"block {index}"
-                if key in writer.done:
-                    self._restore(writer.done[key])
-                    hidden = load_file(self._probe_file(index))["hidden"]
+                began = time.perf_counter()
+                event = writer.done.get(f"block {index}")
+                if event is None:
+                    block = skeleton.read_block(index, self.checkpoint)
+                    done = self.quantizer.quantise(block, session.observe if session else None)
+                    del block
+                    self.formats |= done.formats
+                    after = stream.run_block(done.module, hidden, index, captured)
+                    save_file({"input": hidden, "hidden": after}, self._probe_file(index))
+                    self._commit(index, done, began)
+                    hidden = after
+                    module: nn.Module | None = done.module
+                    del done
                 else:
-                    hidden = self._one_block(index, hidden, stream, captured)
+                    hidden = load_file(self._probe_file(index))["hidden"]
+                    self.formats |= {row["layer"]: LayerFormat.model_validate(row["format"]) for row in event["layers"]}
+                    module = self.quantizer.restore(index, event, writer.read_shard(event)) if session else None
+                if session and module:
+                    session.advance(module)
                 self.on_progress("quantising", index + 1, skeleton.num_blocks)
             self._rest()
             logits = stream.logits(hidden, captured)
@@ -171,131 +186,23 @@ class _Run:
         writer.publish()
         return result
 
-    def _one_block(self, index: int, hidden: Tensor, stream: BlockStream, captured: Captured) -> Tensor:
-        began = time.perf_counter()
-        block = self.skeleton.read_block(index, self.checkpoint)
-        broken = self._nonfinite(block)
-        wanted = {
-            info.name
-            for info in block.linears
-            if self.plan.layer(block.prefix + info.name).format is not None and info.name not in broken
-        }
-        online, column_scale = self._transform(block, wanted) if not broken else ({}, {})
-        activations = self.recipe.scheme.activations
-        tensors: dict[str, Tensor] = {}
-        input_scales: dict[str, Tensor | None] = {}
-        rows = []
-        for info in block.linears:
-            name = block.prefix + info.name
-            if info.name not in wanted:
-                continue
-            planned = self.plan.layer(name).format
-            assert planned is not None
-            layer = planned.model_copy(update={"input_scale": info.name in online})
-            weight = block.weight(info.name)
-            quantised, input_scale = self._round(weight, layer, online.get(info.name))
-            stored = to_tensors(quantised, layer, input_scale)
-            for suffix, tensor in stored.items():
-                tensors[self.skeleton.checkpoint_name(f"{name}.{suffix}")] = tensor
-            dense = quantised.dequantize()
-            effective = dense if input_scale is None else dense * input_scale.float()
-            error = _relative_error(weight, effective, column_scale.get(info.name))
-            input_scales[info.name] = input_scale
-            block.tensors[f"{info.name}.weight"] = dense if activations else effective
-            self.formats[name] = layer
-            rows.append(
-                {
-                    "layer": name,
-                    "stored": self.skeleton.checkpoint_name(f"{name}.weight").removesuffix(".weight"),
-                    "shape": [info.out_features, info.in_features],
-                    "format": layer.model_dump(mode="json"),
-                    "bytes": sum(tensor.nbytes for tensor in stored.values()),
-                    "error": error,
-                }
-            )
-        self._keep_the_rest(block, wanted, tensors)
-        module = self.skeleton.build_block(index, block.tensors, torch.float32)
-        if activations:
-            simulate_inputs(module, activations, input_scales, self.skeleton.expert_names)
-        after = stream.run_block(module, hidden, index, captured)
-        save_file({"input": hidden, "hidden": after}, self._probe_file(index))
+    def _calibration(self) -> AbstractContextManager[Session | None]:
+        """The calibration of the run, if a method of it wants statistics."""
+        if self.plan.calibration is None:
+            return nullcontext()
+        from quantkit.calibrate.session import Session  # only here: tokenizers take a while to import
+
+        return Session(self.plan, self.skeleton, self.checkpoint, self._warn)
+
+    def _commit(self, index: int, done: QuantisedBlock, began: float) -> None:
         event = {
             "block": index,
-            "layers": rows,
-            "kept": sorted(block.prefix + name for name in broken),
+            "layers": done.rows,
+            "kept": done.kept,
             "seconds": round(time.perf_counter() - began, 3),
             "peak_rss_bytes": peak_rss(),
         }
-        self.writer.write_shard(f"block {index}", index + 2, tensors, event)
-        return after
-
-    def _nonfinite(self, block: Block) -> set[str]:
-        """Linears with NaN or Inf. Without ``allow_nonfinite`` the first broken tensor ends the run."""
-        bad = [name for name, tensor in block.tensors.items() if not _finite(tensor)]
-        if bad and not self.recipe.allow_nonfinite:
-            name = self.skeleton.checkpoint_name(block.prefix + bad[0])
-            file = self.skeleton.tensor_info(block.prefix + bad[0], self.checkpoint).file
-            raise QuantkitError(
-                f"tensor {name} in {file} holds NaN or Inf: the source is damaged, fetch it again; "
-                "--allow-nonfinite keeps such layers in full precision and goes on."
-            )
-        linears = {info.name for info in block.linears}
-        owners = {name.rsplit(".", 1)[0] for name in bad}
-        for owner in sorted(owners):
-            self._warn(f"{block.prefix}{owner} holds NaN or Inf: kept in full precision, block not transformed.")
-        return (owners & linears) or ({""} if owners else set())
-
-    def _transform(self, block: Block, wanted: set[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Apply the transforms in order.
-
-        Returns:
-            Per linear the input-column scale [in_features] that stays online, and the column scale by which the
-            stored weight differs from the source's (online or folded), both float32.
-        """
-        weights = self.recipe.scheme.weights
-        assert weights is not None
-        online: dict[str, Tensor] = {}
-        total: dict[str, Tensor] = {}
-        for step in self.plan.transforms:
-            solution = step.module.solve(block, wanted, weights, step.config)
-            for site in block.sites:
-                if site.name not in solution.sites:
-                    continue
-                applied = fold.apply_scale(block, site, solution.sites[site.name], wanted)
-                for consumer in site.consumers:
-                    columns = fold.consumer_columns(site, applied)
-                    total[consumer] = total[consumer] * columns if consumer in total else columns
-            for name, scale in solution.linears.items():
-                online[name] = online[name] * scale if name in online else scale
-        for name, scale in online.items():
-            total[name] = total[name] * scale if name in total else scale
-        return online, total
-
-    def _round(
-        self, weight: Tensor, layer: LayerFormat, online: Tensor | None
-    ) -> tuple[QuantizedWeight, Tensor | None]:
-        """Codes for ``weight``; the input scale is rounded to its stored dtype before the weight is divided by it."""
-        step = self.plan.rounding
-        dtype = self.plan.scale_dtype
-        if online is None:
-            return step.module.quantize(weight, layer.weights, dtype, step.config), None
-        stored = online.to(dtype)
-        return step.module.quantize(weight / stored.float(), layer.weights, dtype, step.config), stored
-
-    def _keep_the_rest(self, block: Block, quantised: set[str], tensors: dict[str, Tensor]) -> None:
-        """Everything of the block that is not quantised, in the dtype it had (or the one asked for)."""
-        for local, tensor in block.tensors.items():
-            owner, _, leaf = local.rpartition(".")
-            if owner in quantised and leaf == "weight":
-                continue
-            name = self.skeleton.checkpoint_name(block.prefix + local)
-            tensors[name] = tensor.to(self._kept_dtype(block.stored_dtypes[local]))
-            block.tensors[local] = tensors[name].float() if tensor.is_floating_point() else tensor
-
-    def _kept_dtype(self, stored: torch.dtype) -> torch.dtype:
-        if self.recipe.dtype == "auto" or not stored.is_floating_point:
-            return stored
-        return self.plan.scale_dtype
+        self.writer.write_shard(f"block {index}", index + 2, done.tensors, event)
 
     def _rest(self) -> None:
         """Tensors outside the blocks, and those that the model itself does not load, as they are."""
@@ -308,15 +215,9 @@ class _Run:
             present = [name for name in names if name in self.checkpoint.names]
             tensors = self.checkpoint.read_many(present)
             if key != "extra":
-                tensors = {name: tensor.to(self._kept_dtype(tensor.dtype)) for name, tensor in tensors.items()}
+                tensors = {name: tensor.to(self.quantizer.kept_dtype(tensor.dtype)) for name, tensor in tensors.items()}
             number = 1 if key != "extra" else self.writer.shards
             self.writer.write_shard(key, number, tensors, {})
-
-    def _restore(self, event: Mapping[str, Any]) -> None:
-        for row in event["layers"]:
-            self.formats[row["layer"]] = LayerFormat.model_validate(row["format"])
-        for name in event["kept"]:
-            self._warn(f"{name} holds NaN or Inf: kept in full precision.")
 
     def _config(self) -> dict[str, Any]:
         """The source's config.json with our block, and the dtype if the recipe changes it."""
@@ -398,16 +299,3 @@ def _summary(result: Result) -> dict[str, Any]:
         "peak_rss_bytes": result.peak_rss_bytes,
         "warnings": list(result.warnings),
     }
-
-
-def _finite(tensor: Tensor) -> bool:
-    # The sum is NaN or Inf as soon as one element is; half the time of isfinite().all(), no mask in memory.
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum(dtype=torch.float64)))
-
-
-def _relative_error(weight: Tensor, dense: Tensor, column_scale: Tensor | None) -> float:
-    """Frobenius norm of the error over the weight's, measured on the source's columns (folded scales undone)."""
-    columns = torch.ones(weight.shape[1]) if column_scale is None else column_scale.float()
-    error = torch.linalg.vector_norm(dense - weight, dim=0)  # per column: the scale then costs nothing
-    norm = float((torch.linalg.vector_norm(weight, dim=0) * columns).norm())
-    return float((error * columns).norm()) / norm if norm else 0.0

@@ -18,7 +18,7 @@ from quantkit import registry
 from quantkit.errors import RecipeError, did_you_mean
 from quantkit.formats.config import portable_reason
 from quantkit.formats.layer import LayerFormat, stored_bytes
-from quantkit.recipe import PER_CHANNEL, Recipe, WeightScheme
+from quantkit.recipe import PER_CHANNEL, Calibration, Recipe, WeightScheme
 
 if TYPE_CHECKING:
     from quantkit.models.checkpoint import Checkpoint
@@ -63,6 +63,8 @@ class Plan:
     output_bytes: int
     peak_bytes: int
     notes: tuple[str, ...]
+    calibration: Calibration | None
+    """Fitted to the model; None: no method of the run looks at data."""
 
     @property
     def loads_in(self) -> str:
@@ -88,6 +90,7 @@ class Plan:
             "source_bytes": self.source_bytes,
             "output_bytes": self.output_bytes,
             "peak_bytes": self.peak_bytes,
+            "calibration": None if self.calibration is None else self.calibration.model_dump(mode="json"),
             "notes": list(self.notes),
             "layers": [
                 {
@@ -163,6 +166,10 @@ def make_plan(recipe: Recipe, source: Path, skeleton: Skeleton, checkpoint: Chec
     if len(kept) == len(layers):
         raise RecipeError(f"nothing is left to quantise: all {len(layers)} linears match ignore {list(recipe.ignore)}.")
     notes = [skeleton.limits] if skeleton.limits else []
+    calibration = None
+    if any(step.method.statistics for step in (*transforms, rounding)):
+        calibration, changed = recipe.calibration.fitted(skeleton.config)
+        notes += [changed] if changed else []
     obstacle = portable_reason({layer.name: layer.format for layer in layers if layer.format}, _shapes(layers))
     if recipe.format == "compressed-tensors" and obstacle:
         raise RecipeError(f"--format compressed-tensors cannot hold this result: {obstacle} Use --format auto.")
@@ -187,6 +194,7 @@ def make_plan(recipe: Recipe, source: Path, skeleton: Skeleton, checkpoint: Chec
         output_bytes=quantised + rest,
         peak_bytes=_peak_bytes(layers, skeleton, checkpoint),
         notes=tuple(notes),
+        calibration=calibration,
     )
 
 

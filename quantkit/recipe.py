@@ -141,6 +141,35 @@ class Scheme(_Strict):
         return text
 
 
+class Calibration(_Strict):
+    """The samples that methods with statistics look at."""
+
+    source: str = Field(
+        "demo",
+        min_length=1,
+        description="demo, wikitext2, c4, pile-val, ultrachat, a .txt/.jsonl/.parquet file or a folder of them, or "
+        "generated: text the model writes itself",
+    )
+    nsamples: int = Field(64, ge=1, description="windows of text")
+    seqlen: int = Field(512, ge=2, description="tokens per window; no more than the model has positions")
+    batch_size: int = Field(8, ge=1, description="windows per forward pass: memory, not results")
+    column: str | None = Field(
+        None, description="field that holds the text, or a conversation; default: text, else messages"
+    )
+    scripts: tuple[str, ...] = Field(
+        ("latin",), min_length=1, description="generated: writing systems in which a text may begin"
+    )
+    seed: int = Field(0, ge=0, description="of the choice of windows")
+
+    def fitted(self, config: Any) -> tuple[Calibration, str | None]:
+        """These settings for the model of ``config`` (its text part), and what was changed, in one sentence."""
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is None or self.seqlen <= positions:
+            return self, None
+        note = f"calibration windows have {positions} tokens instead of {self.seqlen}: the model has no more positions."
+        return self.model_copy(update={"seqlen": positions}), note
+
+
 class Step(_Strict):
     """One method of the run with its options; the method's own ``Config`` checks them when the run is planned."""
 
@@ -153,6 +182,7 @@ class Recipe(_Strict):
 
     scheme: Scheme
     steps: tuple[Step, ...] = Field(description="transforms in order, then one rounding, then tuning")
+    calibration: Calibration = Field(Calibration(), description="used by methods that need data, else of no effect")
     ignore: tuple[str, ...] = Field(
         ("lm_head",), description="modules left in full precision: exact names, globs, or 're:...' patterns"
     )
@@ -230,6 +260,7 @@ def _keys_at(loc: tuple[int | str, ...]) -> list[str]:
     """Field names of the model that sits at ``loc`` in a recipe (or in a scheme)."""
     by_name: dict[str, type[BaseModel]] = {
         "scheme": Scheme, "weights": WeightScheme, "activations": ActivationScheme, "kv": KVScheme, "steps": Step,
+        "calibration": Calibration,
     }  # fmt: skip
     named = [part for part in loc if isinstance(part, str)]
     return list((by_name.get(named[-1], Recipe) if named else Recipe).model_fields)

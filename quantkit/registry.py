@@ -27,6 +27,8 @@ class Method:
     paper: str
     needs: str
     loads_in: str
+    statistics: tuple[str, ...] = ()
+    """What it wants to know of the inputs of linears (``calibrate/statistics.py``); none: it needs no data."""
 
     def load(self) -> ModuleType:
         return importlib.import_module(self.module)
@@ -43,6 +45,25 @@ _ROWS = (
         paper="NF4: Dettmers et al., QLoRA, arXiv 2305.14314",
         needs="nothing",
         loads_in=_PORTABLE,
+    ),
+    Method(
+        name="hqq",
+        kind="rounding",
+        module="quantkit.quantizers.hqq",
+        summary="refit scales and zero points to the rounded weights",
+        paper="Badri and Shaji, HQQ, 2023",
+        needs="nothing",
+        loads_in=_PORTABLE,
+    ),
+    Method(
+        name="gptq",
+        kind="rounding",
+        module="quantkit.quantizers.gptq",
+        summary="round column by column, later columns make up for the errors",
+        paper="Frantar et al., GPTQ, arXiv 2210.17323",
+        needs="calibration data",
+        loads_in=_PORTABLE,
+        statistics=("hessian",),
     ),
     Method(
         name="sinq",

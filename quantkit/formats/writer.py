@@ -109,6 +109,10 @@ class CheckpointWriter:
         self.done[key] = {"event": "shard", "key": key, "number": number, "bytes": size, **event}
         self.record(self.done[key])
 
+    def read_shard(self, event: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The tensors of a committed shard, by its line in the run record."""
+        return load_file(self.folder / self._shard_name(event["number"]))
+
     def write_side_files(self, texts: Mapping[str, str]) -> None:
         """Copy every file of the source that is not weights or config.json, then write ``texts`` (name -> content).
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,9 +64,56 @@ class QuantExperts(nn.Module):
             if index == self.num_experts:
                 continue
             expert = self.expert(index)
-            position, token = torch.where(top_k_index.t() == index)
+            position, token = routed(top_k_index, index)
             x = hidden_states[token]
             x = self.act_fn(expert[self.names.gate](x)) * expert[self.names.up](x)
             x = expert[self.names.down](x) * top_k_weights[token, position, None]
             mixed.index_add_(0, token, x.to(mixed.dtype))
         return mixed
+
+
+def routed(top_k_index: Tensor, expert: int) -> tuple[Tensor, Tensor]:
+    """Which choice of which tokens fell on ``expert``: (position in 0 .. k - 1, token), in the order of its rows."""
+    position, token = torch.where(top_k_index.t() == expert)
+    return position, token
+
+
+def split_experts(block: nn.Module, linears: Collection[str], names: ExpertNames) -> dict[str, nn.Module]:
+    """Put ``QuantExperts`` of plain linears, which share their memory, in place of merged experts of ``block``.
+
+    Args:
+        block: changed in place.
+        linears: module paths; merged experts are taken apart where one of theirs is among them.
+        names: what the projections of an expert are called in ``linears``.
+
+    Returns:
+        Path -> the merged module that was there, to be put back by who wants it back.
+    """
+    found = {
+        path: module
+        for path, module in block.named_modules()
+        if isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)  # where it is a linear, it is no expert's
+        and any(name.startswith(f"{path}.") for name in linears)
+    }
+    for path, merged in found.items():
+        block.set_submodule(path, _one_by_one(merged, names))
+    return found
+
+
+def _one_by_one(merged: Any, names: ExpertNames) -> QuantExperts:
+    width = merged.gate_up_proj.shape[1] // 2
+    return QuantExperts(
+        (
+            (_linear(gate_up[:width]), _linear(gate_up[width:]), _linear(down))
+            for gate_up, down in zip(merged.gate_up_proj, merged.down_proj, strict=True)
+        ),
+        names,
+        merged.act_fn,
+    )
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    rows, columns = weight.shape
+    linear = nn.Linear(columns, rows, bias=False, device="meta", dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    return linear

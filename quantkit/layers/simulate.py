@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from quantkit.kernels.reference import fake_quantize
-from quantkit.layers.quant_experts import ExpertNames, QuantExperts
+from quantkit.layers.quant_experts import ExpertNames, split_experts
 from quantkit.recipe import ActivationScheme
 
 
@@ -27,9 +27,7 @@ def simulate_inputs(
         input_scales: path of each quantised linear -> [in_features] or None.
         experts: what the projections of an expert are called in ``input_scales``.
     """
-    for path, module in list(block.named_modules()):
-        if any(name.startswith(f"{path}.0.") for name in input_scales) and hasattr(module, "gate_up_proj"):
-            block.set_submodule(path, _one_by_one(module, experts))
+    split_experts(block, input_scales, experts)
     for name, scale in input_scales.items():
         block.get_submodule(name).register_forward_pre_hook(_rounding(activations, scale))
 
@@ -40,23 +38,3 @@ def _rounding(activations: ActivationScheme, scale: Tensor | None) -> Any:
         return (fake_quantize(x, activations), *args[1:])
 
     return hook
-
-
-def _one_by_one(merged: Any, names: ExpertNames) -> QuantExperts:
-    """Merged experts as separate linears that share their memory."""
-    width = merged.gate_up_proj.shape[1] // 2
-    return QuantExperts(
-        (
-            (_linear(gate_up[:width]), _linear(gate_up[width:]), _linear(down))
-            for gate_up, down in zip(merged.gate_up_proj, merged.down_proj, strict=True)
-        ),
-        names,
-        merged.act_fn,
-    )
-
-
-def _linear(weight: Tensor) -> nn.Linear:
-    rows, columns = weight.shape
-    linear = nn.Linear(columns, rows, bias=False, device="meta", dtype=weight.dtype)
-    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    return linear

@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from quantkit.formats.quantized import NF4_LEVELS, QuantizedWeight
-from quantkit.quantizers.grid import group_count, group_views, row_chunks
+from quantkit.quantizers.grid import by_rows, group_count, group_views
 from quantkit.recipe import WeightScheme
 
 _NF4_BOUNDARIES = (NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2
@@ -49,17 +49,21 @@ def quantize(weight: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype, con
     scale = torch.empty(rows, groups, dtype=scale_dtype)
     zero_point = None if scheme.is_symmetric else torch.empty(rows, groups, dtype=torch.uint8)
     rounding = _round_nf4 if scheme.levels == "nf4" else _round_uniform
-    for chunk in row_chunks(rows, columns):
-        first = 0
-        for part, codes_part in zip(
+
+    def round_rows(chunk: slice) -> None:
+        parts = zip(
             group_views(weight[chunk], scheme.group_size), group_views(codes[chunk], scheme.group_size), strict=True
-        ):
+        )
+        first = 0
+        for part, codes_part in parts:
             group = slice(first, first + part.shape[1])
             part_scale, part_zero = rounding(part, codes_part, scheme, scale_dtype, config)
             scale[chunk, group] = part_scale.squeeze(-1).to(scale_dtype)
             if zero_point is not None:
                 zero_point[chunk, group] = part_zero.squeeze(-1).to(torch.uint8)
             first = group.stop
+
+    by_rows(round_rows, rows, columns)
     return QuantizedWeight(codes, scale, zero_point, scheme.bits, scheme.group_size, scheme.levels)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantkit.models.block import Block, Site
-from quantkit.quantizers.grid import row_chunks
+from quantkit.quantizers.grid import by_rows
 
 
 def apply_scale(block: Block, site: Site, t: Tensor, quantised: Collection[str]) -> Tensor:
@@ -42,11 +42,7 @@ def apply_scale(block: Block, site: Site, t: Tensor, quantised: Collection[str])
 def divide_columns(weight: Tensor, t: Tensor) -> None:
     """``weight`` [rows, columns] / ``t`` [columns], in place; float64 arithmetic, a chunk of rows at a time."""
     inverse = t.double().reciprocal()
-    scratch = torch.empty(0, dtype=torch.float64)
-    for chunk in row_chunks(*weight.shape):
-        rows = weight[chunk]
-        scratch = scratch if scratch.shape == rows.shape else torch.empty(rows.shape, dtype=torch.float64)
-        rows.copy_(torch.mul(rows, inverse, out=scratch))
+    by_rows(lambda chunk: weight[chunk].mul_(inverse), *weight.shape)
 
 
 def consumer_columns(site: Site, signal: Tensor) -> Tensor:

@@ -22,21 +22,20 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from quantkit.models.block import Block, Site
-from quantkit.quantizers.grid import group_views, row_chunks
+from quantkit.quantizers.grid import by_rows, group_views, serial_operations
 from quantkit.recipe import PER_CHANNEL, WeightScheme
 
-CACHE_ELEMENTS = 1 << 22
-"""Elements of a block of columns that all sweeps visit before the next: 16 MiB of float32, within a shared cache."""
-SAMPLE_ROWS = 512
-"""Rows the first sweeps look at, spread over the matrix; sweeps over all rows then start from an imbalance of about
-1.2, and one of them is enough."""
+SAMPLE_ROWS = 256
+"""Rows the first sweeps look at, spread over the matrix. Their t is off by the noise of a standard deviation over so
+many values, an imbalance of about 1.3 in all, from where one sweep over all rows reaches the end."""
 _LARGEST = 1e3
 """Bounds of t, relative to its geometric mean in a group; keeps scaled activations inside float16."""
 _CONSTANT = 1e-5
 """A variance below this share of the second moment is rounding noise of a constant row or column."""
+_TINY = torch.finfo(torch.float32).smallest_normal
 _DEAD = 1e-6
 """A column with less than this share of the median standard deviation of its group carries nothing: t stays 1."""
-_NEARLY_BALANCED = 1.25
+_NEARLY_BALANCED = 1.5
 """Imbalance (largest over smallest standard deviation) from which one more update needs no check."""
 
 
@@ -87,6 +86,7 @@ def _drop_ones(scales: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t for name, t in scales.items() if (t - 1).abs().max() > 1e-6}
 
 
+@serial_operations()
 def column_scale(
     weights: Sequence[Tensor], group_size: int, config: Config, repeats: int = 1, head_dim: int = 0
 ) -> Tensor:
@@ -98,15 +98,12 @@ def column_scale(
     Returns:
         float32 [signal width]: columns / repeats. Geometric mean 1 in every group (over all columns if shared).
     """
-    rows, columns = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+    columns = weights[0].shape[1]
     width = columns if group_size == PER_CHANNEL else min(group_size, columns)
     if repeats > 1:
         t = _balance(weights, width, config, (repeats, head_dim))
         return t.unflatten(0, (-1, repeats, head_dim))[:, 0].flatten().contiguous()
-    step = max(1, CACHE_ELEMENTS // (rows * width)) * width
-    return torch.cat(
-        [_balance([w[:, start : start + step] for w in weights], width, config) for start in range(0, columns, step)]
-    )
+    return _balance(weights, width, config)
 
 
 def _balance(weights: Sequence[Tensor], width: int, config: Config, tie: tuple[int, int] | None = None) -> Tensor:
@@ -127,18 +124,20 @@ def _alternate(
 ) -> Tensor:
     """Sinkhorn's alternation from ``start`` [units, unit]: the iterate of least imbalance.
 
-    Below an imbalance of _NEARLY_BALANCED a sweep divides what is left of it by about half the group's width, so the
-    next iterate is taken without the pass that would confirm it.
+    Close to balance, a column that is corrected by c gives 2 / width of log c back through its share of the rows'
+    deviations (Gaussian entries); the correction below takes that in advance. What is left after a sweep is then a
+    hundredth of what was there, so below _NEARLY_BALANCED the next iterate is taken without a pass to confirm it.
     """
+    correction = 1 + 2 / (width + 2)  # + 2: not past the goal in narrow groups
     now = best = start
     least, running = torch.tensor(torch.inf), torch.tensor(True)
     for sweep in range(sweeps + 1):
         spread = _column_spread(weights, now.flatten()[:columns], width)
-        spread = _units(_pool(spread, *tie) if tie else spread, start.shape[1])
+        spread = _units(_tied(spread, width, *tie) if tie else spread, start.shape[1])
         live = spread > _DEAD * spread.median(dim=1, keepdim=True).values
         imbalance = _imbalance(spread, live)
         better = running & (imbalance < least)
-        after = _normalised(now * spread, live).clamp(1 / _LARGEST, _LARGEST)
+        after = _normalised(now * spread.pow(correction), live).clamp(1 / _LARGEST, _LARGEST)
         closing = (imbalance < _NEARLY_BALANCED) & (sweep < sweeps)
         best = torch.where(better, torch.where(closing, after, now), best)
         running = better & (imbalance < 0.99 * least) & ~closing
@@ -154,27 +153,34 @@ def _column_spread(weights: Sequence[Tensor], t: Tensor, width: int) -> Tensor:
 
     Up to one factor per group. 0 for a constant column; a row that is constant in a group is left out there.
     """
-    inverse = t.reciprocal()[None]
-    first, second = torch.zeros_like(inverse), torch.zeros_like(inverse)
-    sums = zip(group_views(inverse, width), group_views(first, width), group_views(second, width), strict=True)
-    for part, (factor, part_first, part_second) in enumerate(sums):
-        part_first, part_second = part_first.transpose(0, 1), part_second.transpose(0, 1)  # [groups, 1, width]
+    spread = []
+    rows = sum(weight.shape[0] for weight in weights)
+    for part, factor in enumerate(group_views(t.reciprocal()[None], width)):
+        first, second = torch.zeros(factor.shape[1:]), torch.zeros(factor.shape[1:])
         for weight in weights:
-            scratch = torch.empty(0)
-            for chunk in row_chunks(*weight.shape):
-                view = group_views(weight[chunk], width)[part]  # [rows, groups, width], as are x and its square
-                if scratch.shape[1:] != view.shape:
-                    scratch = torch.empty(2, *view.shape)
-                x, squares = scratch
-                torch.mul(view, factor, out=x)
-                torch.mul(x, x, out=squares)
-                variance, live = _variance(x.sum(-1), squares.sum(-1), x.shape[2])
-                # [groups, 1, rows]; contiguous, or bmm is several times slower
-                weighting = torch.where(live, variance.reciprocal_(), 0.0).t().contiguous().unsqueeze(1)
-                part_second.baddbmm_(weighting, squares.transpose(0, 1))
-                part_first.baddbmm_(weighting.sqrt_(), x.transpose(0, 1))
-    variance, live = _variance(first[0], second[0], sum(weight.shape[0] for weight in weights))
-    return torch.where(live, variance.sqrt(), 0.0)
+            view = group_views(weight, width)[part]
+
+            def moments(chunk: slice, view: Tensor = view, factor: Tensor = factor) -> tuple[Tensor, Tensor]:
+                return _column_moments(view[chunk], factor)
+
+            for chunk_first, chunk_second in by_rows(moments, *weight.shape):
+                first += chunk_first
+                second += chunk_second
+        variance, live = _variance(first, second, rows)
+        spread.append(torch.where(live, variance.sqrt(), 0.0).flatten())
+    return torch.cat(spread)
+
+
+def _column_moments(part: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Column sums [groups, width] of values and squares of ``part`` [rows, groups, width] * ``factor`` [1, groups,
+    width] once every row of a group has standard deviation 1, up to one factor."""
+    x = part * factor
+    squares = x * x
+    variance, live = _variance(x.sum(-1), squares.sum(-1), x.shape[2])
+    # [groups, 1, rows]; contiguous, or bmm is several times slower
+    weighting = torch.where(live, variance.reciprocal_(), 0.0).t().contiguous().unsqueeze(1)
+    second = torch.bmm(weighting, squares.transpose(0, 1)).squeeze(1)
+    return torch.bmm(weighting.sqrt_(), x.transpose(0, 1)).squeeze(1), second
 
 
 def _variance(first: Tensor, second: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -183,13 +189,30 @@ def _variance(first: Tensor, second: Tensor, count: int) -> tuple[Tensor, Tensor
     And whether it is more than the rounding noise of a constant.
     """
     variance = torch.addcmul(second, first, first, value=-1 / count)
-    return variance, variance > second * _CONSTANT
+    return variance, variance > (second * _CONSTANT).clamp_(min=_TINY)
 
 
-def _pool(spread: Tensor, repeats: int, head_dim: int) -> Tensor:
-    """Root mean square over the repeats of a head, for every one of them."""
-    heads = spread.unflatten(0, (-1, repeats, head_dim))
-    return heads.square().mean(1, keepdim=True).sqrt().expand_as(heads).flatten()
+def _tied(spread: Tensor, width: int, repeats: int, head_dim: int) -> Tensor:
+    """The part of ``spread`` [columns] that a factor shared by the repeats of a head can take out; 0 where dead.
+
+    A group's own level does not matter and is not comparable between groups, so this is the least-squares fit of
+    log spread = log level[group] + log tied[head, channel], over the live columns.
+    """
+    live = (spread > 0).float()
+    logs = torch.where(spread > 0, spread, 1.0).log()
+
+    def group_mean(values: Tensor) -> Tensor:
+        mean = _units(values * live, width).sum(1) / _units(live, width).sum(1).clamp(min=1)
+        return mean.repeat_interleave(width)[: values.numel()]
+
+    def head_mean(values: Tensor) -> Tensor:
+        heads, count = (x.unflatten(0, (-1, repeats, head_dim)) for x in (values * live, live))
+        return (heads.sum(1, keepdim=True) / count.sum(1, keepdim=True).clamp(min=1)).expand_as(heads).flatten()
+
+    tied = head_mean(logs - group_mean(logs))
+    for _ in range(32):  # alternating projections; two are enough unless groups cut through heads
+        tied = head_mean(logs - group_mean(logs - tied))
+    return torch.where(head_mean(live) > 0, tied.exp(), 0.0)
 
 
 def _units(values: Tensor, unit: int) -> Tensor:

@@ -2,19 +2,23 @@
 
 Which documents, in which order and with what between them decides the number, so it is fixed here:
 WikiText-2 is the raw test split joined by blank lines and C4 the first 1100 documents of the first validation shard
-joined by spaces, cut to 256 windows, both as in the code of GPTQ (Frantar et al., arXiv 2210.17323).
+joined by spaces, cut to 256 windows, both as in the code of GPTQ (Frantar et al., arXiv 2210.17323). The Pile's
+validation split is what the code of AWQ calibrates on (Lin et al., arXiv 2306.00978).
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from quantkit.errors import QuantkitError, RecipeError, did_you_mean
 
 Split = Literal["test", "train"]
+Chat = Callable[[list[dict[str, Any]]], str]
+"""Conversation, a list of {role, content} -> text; a ``ValueError`` says what is wrong with it."""
 
 FILE_TYPES = (".txt", ".jsonl", ".parquet")
 
@@ -38,15 +42,18 @@ class Text:
 class _HubDataset:
     path: str
     config: str | None
-    files: dict[Split, str] | None
+    files: dict[Split, str] | None = None
     """Files of the repository to read instead of a config's, one per split."""
     separator: str = "\n\n"
     documents: int | None = None
     max_windows: int | None = None
+    column: str = "text"
+    splits: dict[Split, str] = field(default_factory=lambda: {"test": "test", "train": "train"})
+    """What the dataset calls its splits; one that is not there has not been published."""
 
 
 HUB = {
-    "wikitext2": _HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1", None),
+    "wikitext2": _HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1"),
     "c4": _HubDataset(
         "allenai/c4",
         None,
@@ -55,18 +62,28 @@ HUB = {
         documents=1100,
         max_windows=256,
     ),
+    "pile-val": _HubDataset("mit-han-lab/pile-val-backup", None, documents=2000, splits={"train": "validation"}),
+    "ultrachat": _HubDataset(
+        "HuggingFaceH4/ultrachat_200k",
+        None,
+        documents=2000,
+        column="messages",
+        splits={"test": "test_sft", "train": "train_sft"},
+    ),
 }
 
 
-def load_text(source: str, *, split: Split = "test", column: str = "text") -> Text:
+def load_text(source: str, *, split: Split = "test", column: str | None = None, chat: Chat | None = None) -> Text:
     """Read the text that ``source`` names.
 
     Args:
-        source: ``demo``, ``wikitext2``, ``c4``, a .txt, .jsonl or .parquet file, a folder of those, or ``NAME=PATH``
-            to call a local file ``NAME`` in the results (default: the file's name without its ending); called by the
-            name of a hub dataset, it is joined and cut as that one.
+        source: ``demo``, the name of a hub dataset (``HUB``), a .txt, .jsonl or .parquet file, a folder of those, or
+            ``NAME=PATH`` to call a local file ``NAME`` in the results (default: the file's name without its ending);
+            called by the name of a hub dataset, it is joined and cut as that one.
         split: ``test`` to measure on, ``train`` to calibrate on; files have no splits and ignore it.
-        column: the field of .jsonl and .parquet files that holds the text.
+        column: the field of .jsonl and .parquet files that holds the text or the conversation; default: ``text``, or
+            ``messages`` in a file that has this one only.
+        chat: turns a conversation into text; None: conversations are refused.
 
     Raises:
         RecipeError: ``source`` is neither a known name nor a file that can be read, or ``column`` is not in it.
@@ -76,14 +93,14 @@ def load_text(source: str, *, split: Split = "test", column: str = "text") -> Te
         from quantkit import demo
 
         path = demo.heldout_text_path() if split == "test" else demo.calibration_text_path()
-        return Text("demo", tuple(_read(path, column)))
+        return Text("demo", tuple(_read(path, column, chat)))
     if source in HUB:
-        return _from_hub(source, split)
+        return _from_hub(source, split, chat)
     name, path = _local(source)
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in FILE_TYPES)
     if not files:
         raise RecipeError(f"folder {path} holds no text; put {', '.join(FILE_TYPES)} files there.")
-    documents = [document for file in files for document in _read(file, column)]
+    documents = [document for file in files for document in _read(file, column, chat)]
     if not any(document.strip() for document in documents):
         raise QuantkitError(f"{path} is empty: there is no text to use; give a file with text in it.")
     return _as_in_the_papers(name, documents)
@@ -111,11 +128,11 @@ def _local(source: str) -> tuple[str, Path]:
     return name or path.resolve().stem, path
 
 
-def _read(path: Path, column: str) -> list[str]:
+def _read(path: Path, column: str | None, chat: Chat | None) -> list[str]:
     """The documents of one file: a .txt file is one."""
     try:
         if path.suffix == ".parquet":
-            return _read_parquet(path, column)
+            return _read_parquet(path, column, chat)
         text = path.read_text(encoding="utf-8-sig")  # line ends become \n, as wherever Python reads text
     except UnicodeDecodeError as error:
         raise QuantkitError(
@@ -124,10 +141,10 @@ def _read(path: Path, column: str) -> list[str]:
         ) from None
     except OSError as error:
         raise QuantkitError(f"{path} cannot be read: {error.strerror or error}.") from None
-    return _parse_jsonl(path, text, column) if path.suffix == ".jsonl" else [text]
+    return _parse_jsonl(path, text, column, chat) if path.suffix == ".jsonl" else [text]
 
 
-def _parse_jsonl(path: Path, text: str, column: str) -> list[str]:
+def _parse_jsonl(path: Path, text: str, column: str | None, chat: Chat | None) -> list[str]:
     documents = []
     # Not splitlines(): that also breaks at U+2028 and the like, which may stand inside a JSON string.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -141,25 +158,40 @@ def _parse_jsonl(path: Path, text: str, column: str) -> list[str]:
             ) from None
         if not isinstance(record, dict):
             raise QuantkitError(f"{path} line {number} is a {type(record).__name__}; each line must be one object.")
-        documents.append(_field(record, column, f"{path} line {number}"))
+        where = f"{path} line {number}"
+        name = _column(where, column, list(record))
+        documents.append(_document(record[name], name, where, chat))
     return documents
 
 
-def _field(record: dict[str, Any], column: str, where: str) -> str:
-    if column not in record:
-        raise _no_column(where, column, list(record))
-    if not isinstance(record[column], str):
-        raise QuantkitError(f"{where}: column '{column}' holds {type(record[column]).__name__}; it must hold text.")
-    return str(record[column])
+def _column(where: str, wanted: str | None, columns: list[str]) -> str:
+    """The column to read."""
+    name = wanted or ("messages" if "messages" in columns and "text" not in columns else "text")
+    if name not in columns:
+        raise RecipeError(
+            f"{where} has no column '{name}'; its columns: {', '.join(columns)}. Choose one with --column."
+        )
+    return name
 
 
-def _no_column(where: str, column: str, columns: list[str]) -> RecipeError:
-    return RecipeError(
-        f"{where} has no column '{column}'; its columns: {', '.join(columns)}. Choose one with --column."
-    )
+def _document(value: Any, column: str, where: str, chat: Chat | None) -> str:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise QuantkitError(f"{where}: column '{column}' holds {type(value).__name__}; it must hold text.")
+    if chat is None:
+        raise QuantkitError(f"{where}: column '{column}' holds a conversation, which only calibration can use.")
+    if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value):
+        raise QuantkitError(
+            f"{where}: column '{column}' holds a list; a conversation is a list of objects with 'role' and 'content'."
+        )
+    try:
+        return chat(value)
+    except ValueError as error:
+        raise QuantkitError(f"{where}: {error}") from None
 
 
-def _read_parquet(path: Path, column: str) -> list[str]:
+def _read_parquet(path: Path, column: str | None, chat: Chat | None) -> list[str]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -169,17 +201,17 @@ def _read_parquet(path: Path, column: str) -> list[str]:
         ) from None
     try:
         with parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            if column not in columns:
-                raise _no_column(str(path), column, columns)
-            values = file.read([column]).column(column).to_pylist()
+            name = _column(str(path), column, file.schema_arrow.names)
+            values = file.read([name]).column(name).to_pylist()
     except pyarrow.ArrowInvalid as error:
         raise QuantkitError(f"{path} is no readable parquet file: {' '.join(str(error).split())}") from None
-    return [_field({column: value}, column, f"{path} row {row}") for row, value in enumerate(values)]
+    return [_document(value, name, f"{path} row {row}", chat) for row, value in enumerate(values)]
 
 
-def _from_hub(name: str, split: Split) -> Text:
+def _from_hub(name: str, split: Split, chat: Chat | None) -> Text:
     wanted = HUB[name]
+    if split not in wanted.splits:
+        raise RecipeError(f"dataset '{name}' is text to calibrate on; measure on another one, for example wikitext2.")
     try:
         import datasets
     except ModuleNotFoundError:
@@ -189,10 +221,14 @@ def _from_hub(name: str, split: Split) -> Text:
         ) from None
     files = {split: wanted.files[split]} if wanted.files else None
     try:
-        rows = datasets.load_dataset(wanted.path, wanted.config, data_files=files, split=split)
+        rows = datasets.load_dataset(wanted.path, wanted.config, data_files=files, split=wanted.splits[split])
     except ConnectionError:
         raise QuantkitError(
             f"dataset '{name}' ({wanted.path}) is not in the local cache and the hub cannot be reached: this machine "
             f"is offline; point to a local file instead: {name}=PATH."
         ) from None
-    return _as_in_the_papers(name, list(rows["text"]))
+    if wanted.documents is not None:
+        rows = rows.select(range(min(wanted.documents, len(rows))))
+    values = enumerate(rows[wanted.column])
+    documents = [_document(value, wanted.column, f"{name} row {row}", chat) for row, value in values]
+    return _as_in_the_papers(name, documents)

@@ -6,12 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from quantkit import demo
+from quantkit.calibrate.text import load_text
 from quantkit.errors import QuantkitError, RecipeError
-from quantkit.eval.text import load_text
 
 
 @pytest.fixture
@@ -139,8 +141,81 @@ def test_wikitext2_is_joined_as_in_the_papers(monkeypatch: pytest.MonkeyPatch) -
 def test_offline_says_so_and_how_to_go_on(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     # A new process: the libraries read these settings when they are imported.
-    code = "from quantkit.eval.text import load_text; load_text('wikitext2')"
+    code = "from quantkit.calibrate.text import load_text; load_text('wikitext2')"
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], env=offline, cwd=Path.cwd(), capture_output=True, text=True)
     assert "QuantkitError: dataset 'wikitext2' (Salesforce/wikitext) is not in the local cache" in done.stderr
     assert "wikitext2=PATH" in done.stderr.splitlines()[-1]
+
+
+CHAT = [{"role": "user", "content": "hello"}]
+
+
+def render(turns: list[dict[str, Any]]) -> str:
+    return "|".join(f"{turn['role']}={turn['content']}" for turn in turns)
+
+
+def test_conversations_are_rendered(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": CHAT}))
+    assert load_text(str(path), chat=render).documents == ("user=hello",)
+    with pytest.raises(QuantkitError, match="column 'messages' holds a conversation, which only calibration can use"):
+        load_text(str(path))
+
+
+def test_text_is_preferred_to_messages(tmp_path: Path) -> None:
+    path = tmp_path / "both.jsonl"
+    path.write_text(json.dumps({"messages": CHAT, "text": "plain"}))
+    assert load_text(str(path), chat=render).documents == ("plain",)
+    assert load_text(str(path), column="messages", chat=render).documents == ("user=hello",)
+
+
+def test_parquet_conversations(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "chat.parquet"
+    parquet.write_table(pyarrow.table({"messages": [CHAT, CHAT]}), path)
+    assert load_text(str(path), chat=render).documents == ("user=hello", "user=hello")
+
+
+def test_a_set_to_calibrate_on_only() -> None:
+    with pytest.raises(RecipeError, match="'pile-val' is text to calibrate on; measure on another one"):
+        load_text("pile-val", split="test")
+
+
+class Rows:
+    """As much of a hub dataset as is used."""
+
+    def __init__(self, column: str, values: list[Any]) -> None:
+        self.column, self.values = column, values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, column: str) -> list[Any]:
+        assert column == self.column
+        return self.values
+
+    def select(self, rows: range) -> Rows:
+        return Rows(self.column, [self.values[row] for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "split", "column", "value"),
+    [
+        ("pile-val", "mit-han-lab/pile-val-backup", "validation", "text", "words"),
+        ("ultrachat", "HuggingFaceH4/ultrachat_200k", "train_sft", "messages", CHAT),
+    ],
+)
+def test_hub_sets(name: str, path: str, split: str, column: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(*args: object, **options: object) -> Rows:
+        asked.append((args, options))
+        return Rows(column, [value] * 2005)
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))  # stands for the hub
+    text = load_text(name, split="train", chat=render)
+    assert asked == [((path, None), {"data_files": None, "split": split})]
+    assert text.documents == (("words" if name == "pile-val" else "user=hello"),) * 2000

@@ -46,7 +46,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure the perplexity of MODEL with the protocol of the papers."""
-    from quantkit.eval.text import load_text
+    from quantkit.calibrate.text import load_text
 
     texts = [load_text(source, column=column) for source in ppl]  # before the model: a typing error shows at once
     names = [text.name for text in texts]

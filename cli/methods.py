@@ -21,8 +21,8 @@ quantkit methods --json
 def methods(as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False) -> None:
     """List every method: what it does, its paper, what it needs, and what its output loads in."""
     if as_json:
-        hidden = "module"  # where the code is: not the user's business
-        print_json({name: {k: v for k, v in asdict(row).items() if k != hidden} for name, row in METHODS.items()})
+        hidden = ("module", "statistics")  # how it is wired: not the user's business
+        print_json({name: {k: v for k, v in asdict(row).items() if k not in hidden} for name, row in METHODS.items()})
         return
     table(
         ["method", "kind", "what it does", "paper", "needs", "output loads in"],

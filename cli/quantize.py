@@ -19,6 +19,8 @@ quantkit quantize demo --method sinq --scheme W4A16G64 -o out
 
 quantkit quantize meta-llama/Llama-3.1-8B --scheme W4A16G128 -o llama-w4 --dry-run
 
+quantkit quantize ./my-model --method sinq+gptq --scheme W3A16G128 --calibration texts/ --nsamples 128 -o out
+
 quantkit quantize ./my-model --recipe recipe.yaml -o out --resume
 """
 
@@ -38,6 +40,16 @@ def quantize(
     ] = None,
     format: Annotated[str | None, typer.Option(help="auto, compressed-tensors or quantkit")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="text for methods that need data: demo, generated, wikitext2, c4, pile-val, ultrachat, or a "
+            ".txt/.jsonl/.parquet file or folder  [default: demo]"
+        ),
+    ] = None,
+    nsamples: Annotated[int | None, typer.Option(help="calibration windows  [default: 64]")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="tokens per calibration window  [default: 512]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="calibration windows per forward pass  [default: 8]")] = None,
     seed: Annotated[int | None, typer.Option(help="seed of everything random")] = None,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="keep layers with NaN or Inf in full precision")
@@ -55,9 +67,11 @@ def quantize(
     """Quantise MODEL block by block and prove that the saved checkpoint reloads."""
     from quantkit.presets import expand
 
+    samples = {"source": calibration, "nsamples": nsamples, "seqlen": seqlen, "batch_size": batch_size, "seed": seed}
     expanded = expand(
         recipe, method=method, scheme=scheme, ignore=tuple(ignore) if ignore else None, format=format, dtype=dtype,
         seed=seed, allow_nonfinite=allow_nonfinite or None,
+        calibration={key: value for key, value in samples.items() if value is not None} or None,
     )  # fmt: skip
     if dry_run:
         from quantkit.pipeline import prepare

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from quantkit.calibrate.text import Text
 from quantkit.errors import QuantkitError, RecipeError
-from quantkit.eval.text import Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -64,6 +64,8 @@ class BlockQuantizer:
         Raises:
             QuantkitError: a tensor holds NaN or Inf and the recipe does not allow it.
         """
+        # Folds round norms to the dtype they are stored in, and let their consumers make up for it.
+        block.stored_dtypes = {name: self.kept_dtype(dtype) for name, dtype in block.stored_dtypes.items()}
         broken = self._nonfinite(block)
         wanted = [
             info
@@ -226,7 +228,7 @@ class BlockQuantizer:
             if owner in quantised and leaf == "weight":
                 continue
             name = self._skeleton.checkpoint_name(block.prefix + local)
-            tensors[name] = tensor.to(self.kept_dtype(block.stored_dtypes[local]))
+            tensors[name] = tensor.to(block.stored_dtypes[local])
             block.tensors[local] = tensors[name].float() if tensor.is_floating_point() else tensor
 
 

@@ -36,7 +36,10 @@ def expand(
         data["steps"] = method_steps(method or DEFAULT_METHOD)
     if scheme is not None or not data.get("scheme"):
         data["scheme"] = Scheme.parse(scheme or DEFAULT_SCHEME)
-    data |= {key: value for key, value in flags.items() if value is not None}
+    flags = {key: value for key, value in flags.items() if value is not None}
+    if isinstance(flags.get("calibration"), Mapping) and isinstance(data.get("calibration"), Mapping):
+        flags["calibration"] = {**data["calibration"], **flags["calibration"]}
+    data |= flags
     return build_recipe(data, origin)
 
 

@@ -99,3 +99,11 @@ def test_method_presets():
     assert method_steps("rtn") == [{"method": "rtn"}]
     with pytest.raises(RecipeError, match=r"unknown method 'snq'\. Did you mean 'sinq'"):
         method_steps("snq")
+
+
+def test_calibration_flags_change_single_settings_of_a_recipe():
+    base = expand(method="gptq", scheme="W4A16G64", calibration={"source": "c4", "nsamples": 16})
+    changed = expand(base, calibration={"seqlen": 256})
+    assert (changed.calibration.source, changed.calibration.nsamples, changed.calibration.seqlen) == ("c4", 16, 256)
+    with pytest.raises(RecipeError, match=r"calibration\.nsample is not a key here\. Did you mean 'nsamples'"):
+        expand(method="gptq", calibration={"nsample": 3})

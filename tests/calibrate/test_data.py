@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerFast
 
 from quantkit import demo
 from quantkit.calibrate import data
-from quantkit.calibrate.data import Calibration, draw_windows, token_windows
+from quantkit.calibrate.data import draw_windows, token_windows
 from quantkit.calibrate.generate import generate_windows
 from quantkit.errors import QuantkitError, RecipeError
+from quantkit.recipe import Calibration
 
 TEMPLATE = (
     "{% for turn in messages %}{% if turn.role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}"

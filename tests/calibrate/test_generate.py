@@ -97,6 +97,16 @@ class TestSamples:
         last = writer._choose(many, torch.zeros(20000, dtype=torch.bool), True, chances)
         assert sorted(last.unique().tolist()) == [2, 3, 4]
 
+    def test_as_many_of_the_likeliest_as_were_drawn(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """A chance of almost 1 hits the last token of the vocabulary, so the others must be the likeliest."""
+        writer = generate._Writer(make_model("llama", tokenizer), ends={1}, banned={0})
+        greedy = torch.tensor([[3], [5]]).expand(2, 9)
+        ids = writer.write(
+            torch.tensor([[7], [8]]).expand(2, 9), greedy, torch.full((2, 9), 1 - 1e-12, dtype=torch.float64)
+        )
+        sampled = ids == len(tokenizer) + SPARE - 1
+        assert sampled.tolist() == [[False] * 4 + [True] * 5, [False] * 6 + [True] * 3]
+
     def test_progress(self, tokenizer: PreTrainedTokenizerFast) -> None:
         said: list[tuple[str, int, int]] = []
         generate_windows(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -53,6 +54,27 @@ def test_no_file_is_left(tmp_path: Path) -> None:
     filled(tmp_path, 0)  # dropped without being closed
     gc.collect()
     assert not any(tmp_path.iterdir())
+
+
+def test_a_system_that_moves_a_few_bytes_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux moves no more than 2 GiB in one call."""
+    states = filled(tmp_path, 0)
+    whole: IO[bytes] = states._file
+
+    class Slow:
+        seek = whole.seek
+
+        def readinto(self, data: memoryview) -> int:
+            return whole.readinto(data[:7])
+
+        def write(self, data: memoryview) -> int:
+            return whole.write(data[:7])
+
+    before = states.batch(1)
+    monkeypatch.setattr(states, "_file", Slow())
+    assert torch.equal(states.batch(1), before)
+    states.replace(1, before * 2)
+    assert torch.equal(states.batch(1), before * 2)
 
 
 @pytest.mark.parametrize("max_bytes", [None, 0], ids=["memory", "disk"])

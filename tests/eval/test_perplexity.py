@@ -11,9 +11,9 @@ from tiny_models import TINY, make_tiny
 from tiny_tokenizer import TEXT, VOCABULARY, make_tokenizer
 from transformers import PreTrainedModel
 
+from quantkit.calibrate.text import Text
 from quantkit.errors import QuantkitError, RecipeError
 from quantkit.eval.perplexity import perplexity
-from quantkit.eval.text import Text
 
 LONG = Text("long", tuple(f"{n}. {TEXT}" for n in range(12)))
 

@@ -24,7 +24,7 @@ import typer
 from quantkit.errors import RecipeError, did_you_mean
 from quantkit.eval.environment import environment
 
-METHODS = ["rtn", "sinq"]
+METHODS = ["rtn", "sinq", "sinq+gptq"]
 SCHEMES = ["W4A16G64", "W3A16G64", "W2A16G64"]
 DTYPE = "float32"
 """Arithmetic of the measurements: in bfloat16 the noise, about 0.02 %, would hide small differences."""

@@ -224,7 +224,7 @@ def test_a_save_that_reads_back_differently_is_an_error(tiny, tmp_path, monkeypa
         tensors["weight_scale"] = tensors["weight_scale"].roll(1, 0)
         return tensors
 
-    monkeypatch.setattr("quantkit.pipeline.to_tensors", wrong)
+    monkeypatch.setattr("quantkit.blockwise.to_tensors", wrong)
     with pytest.raises(quantkit.QuantkitError, match="saved block 0 answers the probe differently"):
         quantkit.quantize(str(tiny("llama")), output=tmp_path / "out", method="rtn", scheme="W4A16G32")
     assert not list(tmp_path.iterdir())

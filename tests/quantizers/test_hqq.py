@@ -82,6 +82,38 @@ def test_scales_are_the_least_squares_fit_of_the_codes(scheme: WeightScheme) -> 
     torch.testing.assert_close(quantised.scale.double(), best, rtol=0.02, atol=0)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES, ids=name)
+def test_a_refit_with_fixed_codes_lowers_the_error_of_every_group(scheme: WeightScheme) -> None:
+    """One iteration gives the scale that is best for the codes of the start."""
+    weight = heavy_weight(60, 64)
+    start = rtn.quantize(weight, scheme, torch.float32, rtn.Config())
+    once = hqq.quantize(weight, scheme, torch.float32, hqq.Config(clip="minmax", neighbours=0, iterations=1))
+    levels = level_codes(start)[:, 0]
+    best = (levels * weight).sum(1) / levels.square().sum(1)
+    taken = (once.scale != start.scale)[:, 0]
+    assert int(taken.sum()) > 40  # the others got worse once their codes had followed
+    torch.testing.assert_close(once.scale[taken, 0].double(), best[taken], rtol=1e-5, atol=0)
+    refitted = (levels * best[:, None] - weight).square().sum(1)
+    assert bool((refitted <= group_errors(weight, start)[:, 0]).all())
+
+
+@pytest.mark.parametrize("norm", [1.0, 0.7])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_shrinkage_serves_the_norm(bits: int, norm: float) -> None:
+    """sum |error|**p falls well below that of the range search, which a least squares refit alone does not achieve."""
+    weight, scheme = heavy_weight(128, 256), WeightScheme(bits=bits, symmetric=True, group_size=64)
+    start = group_errors(weight, rtn.quantize(weight, scheme, torch.float32, MSE), norm).sum()
+    config = hqq.Config(norm=norm)
+    assert float(group_errors(weight, hqq.quantize(weight, scheme, torch.float32, config), norm).sum()) < 0.96 * start
+
+
+def test_shrinkage() -> None:
+    """sign(r) * max(|r| - |r|**(p - 1) / beta, 0): nothing below beta**(-1 / (2 - p)), 0 included."""
+    residual = torch.tensor([-1.0, -0.3, -0.1, 0.0, 0.1, 0.2, 0.5])
+    expected = [-0.9, 0.1 * 0.3**-0.3 - 0.3, 0.0, 0.0, 0.0, 0.2 - 0.1 * 0.2**-0.3, 0.5 - 0.1 * 0.5**-0.3]
+    torch.testing.assert_close(hqq.shrink(residual, norm=0.7, beta=10.0), torch.tensor(expected))
+
+
 @pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.bits < 8 and s.levels == "uniform"], ids=name)
 def test_nearly_as_good_as_trying_everything(scheme: WeightScheme) -> None:
     """Against the best of 200 scales, geometric from 1/20 to 2 of the range, with every zero point."""
@@ -129,21 +161,21 @@ def test_gaussian_weights_nf4(group_size: int, target: float) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_the_published_settings_leave_the_range_of_the_extremes(bits: int) -> None:
-    scheme = WeightScheme(bits=bits, symmetric=False, group_size=64)
-    published = hqq.Config(clip="minmax", fit="zero", neighbours=0, norm=0.7, unit="weight")
-    weight = 0.02 * random_weight(64, 256)
-    plain = rtn.quantize(weight, scheme, torch.float32, rtn.Config())
-    assert torch.equal(hqq.quantize(weight, scheme, torch.float32, published).codes, plain.codes)
+def test_a_fractional_zero_point_would_round_back(bits: int) -> None:
+    """Why the published update, zero point += mean of codes - zero point - w / scale, has no place here."""
+    for weight in (heavy_weight(64, 256), random_weight(64, 256).exp()):
+        plain = rtn.quantize(
+            weight, WeightScheme(bits=bits, symmetric=False, group_size=64), torch.float32, rtn.Config()
+        )
+        position = weight.double().unflatten(1, (4, -1)) / plain.scale.double()[..., None]
+        assert bool(((level_codes(plain) - position).mean(-1).abs() < 0.5).all())
 
 
-def test_only_residuals_in_steps_shrink_whatever_the_unit_of_the_weights() -> None:
+def test_the_unit_of_the_weights_has_no_influence_on_what_is_an_outlier() -> None:
     scheme, weight = WeightScheme(bits=3, symmetric=False, group_size=64), heavy_weight(32, 256)
-    for unit, alike in (("step", True), ("weight", False)):
-        config = hqq.Config(norm=0.7, unit=unit)
-        one = hqq.quantize(weight, scheme, torch.float32, config)
-        other = hqq.quantize(weight * 2**-6, scheme, torch.float32, config)
-        assert torch.equal(one.codes, other.codes) == alike
+    one, other = (hqq.quantize(w, scheme, torch.float32, hqq.Config(norm=0.7)) for w in (weight, weight * 2**-6))
+    assert torch.equal(one.codes, other.codes)
+    assert torch.equal(one.scale, other.scale * 2**6)
 
 
 def test_outliers_count_less_with_a_smaller_norm() -> None:
@@ -181,6 +213,15 @@ def test_odd_groups(scheme: WeightScheme, dtype: torch.dtype) -> None:
     torch.testing.assert_close(dense[2:4], weight[2:4], rtol=0.01, atol=0)
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+def test_zero_points_stay_codes(bits: int) -> None:
+    """Groups far on one side of 0, which would fit better with a zero point outside."""
+    weight = random_weight(20, 64) + torch.tensor([-4.0, 4.0]).repeat(10)[:, None]
+    quantised = hqq.quantize(weight, WeightScheme(bits=bits, symmetric=False, group_size=64), torch.float32, HQQ)
+    assert quantised.zero_point is not None
+    assert sorted(quantised.zero_point.unique().tolist()) == [0, 2**bits - 1]
+
+
 @pytest.mark.parametrize("group_size", [8, 64, -1])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 8), (3, 100), (5, 1)])
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -215,7 +256,6 @@ def test_chunks_of_rows_do_not_show(scheme: WeightScheme, monkeypatch: pytest.Mo
     magnitude=st.floats(-20, 15),
     config=st.builds(
         hqq.Config,
-        fit=st.sampled_from(["scale", "zero"]),
         norm=st.sampled_from([2.0, 0.7]),
         neighbours=st.integers(0, 2),
     ),

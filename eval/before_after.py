@@ -73,10 +73,10 @@ def main(
         before = _perplexity(model, measure)
         for wanted in scheme or SCHEMES:
             for name in method or METHODS:
-                output = (keep or Path(scratch)) / f"{name}-{wanted}"
-                flags = [f"--method={name}", f"--scheme={wanted}", f"--output={output}", "--overwrite"]
+                folder = (keep or Path(scratch)) / f"{name}-{wanted}"
+                flags = [f"--method={name}", f"--scheme={wanted}", f"--output={folder}", "--overwrite"]
                 run = _quantkit("quantize", model, *flags)
-                after = _perplexity(str(output), measure)
+                after = _perplexity(str(folder), measure)
                 rows.append(Row(name, wanted, run["bits_per_weight"], run["output_bytes"], run["format"], after))
     original = Row("as it came", "", None, run["source_bytes"], "", before)
     print(markdown_table(original, rows))

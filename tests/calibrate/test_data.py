@@ -192,7 +192,7 @@ def test_generated(tokenizer: PreTrainedTokenizerFast) -> None:
 
 class TestSettings:
     def test_windows_are_no_longer_than_the_model_takes(self) -> None:
-        fitted, note = Calibration().fitted(SimpleNamespace(max_position_embeddings=512))
+        fitted, note = Calibration(nsamples=128, seqlen=2048).fitted(SimpleNamespace(max_position_embeddings=512))
         assert (fitted.seqlen, fitted.nsamples) == (512, 128)
         assert note == "calibration windows have 512 tokens instead of 2048: the model has no more positions."
 

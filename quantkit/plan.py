@@ -126,6 +126,11 @@ def bind_steps(recipe: Recipe) -> tuple[tuple[BoundStep, ...], BoundStep]:
                 else:
                     problems.append(f"{key} is {problem['input']!r}: {problem['msg']}")
             raise RecipeError(f"steps.{number} ({step.method}): " + "; ".join(problems)) from None
+        if getattr(config, "retarget", 0):
+            raise RecipeError(
+                f"steps.{number} ({step.method}): retarget needs the float model's inputs beside the quantised ones, "
+                "which a run does not carry yet; leave it at 0."
+            )
         bound.append(BoundStep(method, module, config))
     roundings = [step for step in bound if step.method.kind == "rounding"]
     if len(roundings) != 1:

@@ -187,7 +187,7 @@ def retargeted_weight(weight: Tensor, cross: Tensor, factor: Factor, alpha: floa
 
 
 class _Rounding:
-    """One matrix on its way. Its columns are rows here, in processing order: [columns, out_features]."""
+    """One matrix on its way. Its columns come first here, in processing order: [columns, out_features]."""
 
     def __init__(
         self, weight: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype, config: Config, factor: Factor
@@ -195,7 +195,7 @@ class _Rounding:
         rows, columns = weight.shape
         groups = group_count(columns, scheme.group_size)
         width = columns if groups == 1 else scheme.group_size
-        self.scheme, self.scale_dtype, self.config, self.factor = scheme, scale_dtype, config, factor
+        self.scheme, self.scale_dtype, self.weighted, self.factor = scheme, scale_dtype, config.weighted, factor
         self.change = weight.t().contiguous().index_select(0, factor.order)
         """The weights that are to come; of the columns that are done, Q - W."""
         self.codes = torch.empty(columns, rows, dtype=torch.uint8)
@@ -210,58 +210,64 @@ class _Rounding:
         self.block = max(config.block // self.width, 1) * self.width if self.width else config.block
         if not self.width:
             importance = self.importance[factor.order.argsort()]
-            for group, first in enumerate(range(0, columns, width)):
-                members = slice(first, first + width)
-                self.find_range(group, weight[:, members].t(), importance[members])
 
-    def find_range(self, group: int, columns: Tensor, importance: Tensor) -> None:
-        """Scale and zero point of a group from its ``columns`` [width, out_features]."""
-        weighting = importance[None] if self.config.weighted else None
+            def find_ranges(rows: slice) -> None:
+                for group, first in enumerate(range(0, columns, width)):
+                    members = slice(first, first + width)
+                    self.find_range(group, rows, weight[rows, members], importance[members])
 
-        def find(chunk: slice) -> None:
-            part = columns[:, chunk].t().contiguous().unsqueeze(1)
-            scale, zero = rtn.find_range(part, self.scheme, self.scale_dtype, self.clip, weighting)
-            self.scale[group, chunk], self.zero[group, chunk] = scale.flatten(), zero.flatten()
+            by_rows(find_ranges, len(weight), width)
 
-        by_rows(find, columns.shape[1], len(columns))
+    def find_range(self, group: int, rows: slice, weight: Tensor, importance: Tensor) -> None:
+        """Scale and zero point of a group in some rows, from its ``weight`` [rows, width]."""
+        weighting = importance[None] if self.weighted else None
+        scale, zero = rtn.find_range(weight.unsqueeze(1), self.scheme, self.scale_dtype, self.clip, weighting)
+        self.scale[group, rows], self.zero[group, rows] = scale.flatten(), zero.flatten()
 
     def round_block(self, start: int) -> None:
         """Round the block of columns that begins at ``start``; all before it are done."""
         block = slice(start, min(start + self.block, len(self.change)))
-        root, dtype = self.factor.root, self.change.dtype
+        root, live = self.factor.root, ~self.factor.dead[block]
         own = root[block, block]
         spread = torch.linalg.solve_triangular(own, torch.eye(len(own), dtype=own.dtype), upper=True)
         before = torch.linalg.solve_triangular(own, root[:start, block], upper=True, left=False)
-        columns = torch.addmm(self.change[block], before.t().to(dtype), self.change[:start], alpha=-1)
-        errors = torch.empty_like(columns)
-        self.round_run(start, columns, errors, spread.to(dtype))
-        self.loss += float(errors[~self.factor.dead[block]].square().sum(dtype=torch.float64)) / 2
+        spread, before = spread.to(self.change.dtype), before.t().to(self.change.dtype)
 
-    def round_run(self, start: int, columns: Tensor, errors: Tensor, spread: Tensor) -> None:
+        def round_rows(rows: slice) -> float:
+            columns = torch.addmm(self.change[block, rows], before, self.change[:start, rows], alpha=-1)
+            errors = torch.empty_like(columns)
+            self.round_run(start, rows, columns, errors, spread)
+            return float(errors[live].square().sum(dtype=torch.float64)) / 2
+
+        self.loss += sum(by_rows(round_rows, self.change.shape[1], len(own)))
+
+    def round_run(self, start: int, rows: slice, columns: Tensor, errors: Tensor, spread: Tensor) -> None:
         """Round the run of ``columns`` that begins at ``start`` and is up to date; ``errors`` receives (w - q) / U_ii.
 
         Args:
-            columns, errors: [run, out_features].
+            columns, errors: [run, rows].
             spread: U of the run, [run, run].
         """
         run = len(columns)
         if self.width and start % self.width == 0 and run == min(self.width, len(self.change) - start):
-            self.find_range(self.group_of[start], columns, self.importance[start : start + run])
+            importance = self.importance[start : start + run]
+            self.find_range(self.group_of[start], rows, columns.t().contiguous(), importance)
         if run > _LEAF or 0 < self.width < run:
             # Between groups as long as there are several: a range is found when the run is one whole group.
             half = max(run // 2 // self.width, 1) * self.width if 0 < self.width < run else run // 2
-            self.round_run(start, columns[:half], errors[:half], spread[:half, :half])
+            self.round_run(start, rows, columns[:half], errors[:half], spread[:half, :half])
             columns[half:].addmm_(spread[:half, half:].t(), errors[:half], alpha=-1)
-            self.round_run(start + half, columns[half:], errors[half:], spread[half:, half:])
+            self.round_run(start + half, rows, columns[half:], errors[half:], spread[half:, half:])
             return
         for i in range(run):
-            scale, zero = self.scale[self.group_of[start + i]], self.zero[self.group_of[start + i]]
+            group = self.group_of[start + i]
+            scale, zero = self.scale[group, rows], self.zero[group, rows]
             codes = rtn.nearest_codes(columns[i] / scale, zero, self.scheme)
             rounded = rtn.level_values(codes, zero, self.scheme) * scale
             torch.sub(columns[i], rounded, out=errors[i]).div_(spread[i, i])
             columns[i + 1 :].addr_(spread[i, i + 1 :], errors[i], alpha=-1)
-            self.codes[start + i] = codes
-            self.change[start + i].neg_().add_(rounded)
+            self.codes[start + i, rows] = codes
+            self.change[start + i, rows].neg_().add_(rounded)
 
     def result(self) -> QuantizedWeight:
         codes = torch.empty_like(self.codes)

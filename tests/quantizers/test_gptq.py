@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantkit.formats.quantized import QuantizedWeight
-from quantkit.quantizers import gptq, rtn
+from quantkit.quantizers import gptq, grid, rtn
 from quantkit.recipe import WeightScheme
 
 ORDERS = ("natural", "activation", "group")
@@ -130,6 +130,16 @@ def test_blocks_do_not_show(order: str, group_size: int) -> None:
     for other in results[1:]:
         assert same(other.weight, results[0].weight)
         assert other.loss == pytest.approx(results[0].loss, rel=1e-9)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_chunks_of_rows_do_not_show(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = random_weight(50, 200).double(), moments(inputs(400, 200).double())
+    whole = gptq.quantize(weight, W3, torch.float32, gptq.Config(order=order), hessian)
+    monkeypatch.setattr(grid, "CHUNK_ELEMENTS", 128 * 7)
+    pieces = gptq.quantize(weight, W3, torch.float32, gptq.Config(order=order), hessian)
+    assert same(whole.weight, pieces.weight)
+    assert pieces.loss == pytest.approx(whole.loss, rel=1e-9)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -55,8 +55,10 @@ def evaluate(
 
     from quantkit.cli.console import Progress, print_json, table
     from quantkit.eval.perplexity import perplexity
+    from quantkit.loading import check_writes_text
 
     loaded, tokenizer = load_model(model, dtype, device, trust_remote_code)
+    check_writes_text(loaded, "perplexity")
     with Progress(quiet=as_json) as progress:
         results = {
             text.name: perplexity(

@@ -37,8 +37,10 @@ def generate(
     from transformers import TextStreamer
 
     from quantkit.cli.console import print_json, say
+    from quantkit.loading import check_writes_text
 
     loaded, tokenizer = load_model(model, dtype, device, trust_remote_code)
+    check_writes_text(loaded, "generating text")
     inputs = _encode(tokenizer, prompt, chat).to(loaded.device)
     length = inputs["input_ids"].shape[1]
     _check_length(loaded, length, max_new_tokens)

@@ -21,7 +21,7 @@ quantkit methods --json
 def methods(as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False) -> None:
     """List every method: what it does, its paper, what it needs, and what its output loads in."""
     if as_json:
-        hidden = ("module", "statistics")  # how it is wired: not the user's business
+        hidden = ("module", "statistics", "data")  # how it is wired: not the user's business
         print_json({name: {k: v for k, v in asdict(row).items() if k not in hidden} for name, row in METHODS.items()})
         return
     table(

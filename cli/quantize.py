@@ -32,7 +32,11 @@ def quantize(
         str | None, typer.Option(help="methods joined by '+'; see `quantkit methods`  [default: sinq]")
     ] = None,
     scheme: Annotated[
-        str | None, typer.Option(help="for example W4A16G64, W8A8, W3ZA16G128, WNF4A16G64  [default: W4A16G64]")
+        str | None,
+        typer.Option(
+            help="for example W4A16G64, W8A8, W3ZA16G128, WNF4A16G64; behind the activation bits Z: zero point, "
+            "T: per tensor, TS: per tensor and static (W6A6ZTS)  [default: W4A16G64]"
+        ),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML or JSON recipe; the other flags override it")] = None,
     ignore: Annotated[

@@ -1,6 +1,8 @@
 """What every implementation of a quantised linear must compute, in plain PyTorch on any device.
 
-    y = fake_quantize(x * input_scale) @ W.T + bias        W = (codes - zero_point) * scale, or levels[codes] * scale
+    y = fake_quantize(x * t + s) @ W.T + bias        W = (codes - zero_point) * scale, or levels[codes] * scale
+
+    t, s: [in_features], the scale and shift of ``LayerInputs``; each of the three steps only where the format has it
 
 The packed weight is unpacked a few rows at a time into a scratch that stays allocated, so a call needs no memory that
 grows with the layer. The weight's arithmetic is done in the dtype of the scales, as compressed-tensors does it: both
@@ -17,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quantkit.formats.layer import LayerInputs
 from quantkit.formats.packing import unpack_rows, unpack_zero_points
 from quantkit.formats.quantized import NF4_LEVELS
 from quantkit.recipe import PER_CHANNEL, ActivationScheme
@@ -49,32 +52,84 @@ _scratch = _Scratch()
 
 def linear(x: Tensor, layer: QuantLinear) -> Tensor:
     """[..., in_features] -> [..., out_features]; ``x`` has the dtype of the layer's scales, and so has the result."""
-    if layer.format.input_scale:
-        x = x * layer.input_scale_vector
-    if layer.format.activations:
-        x = fake_quantize(x, layer.format.activations)
-    y: Tensor = _Product.apply(x, layer)
+    y: Tensor = _Product.apply(transform_input(x, layer.inputs, layer.format.activations), layer)
     return y
 
 
-def fake_quantize(x: Tensor, scheme: ActivationScheme) -> Tensor:
-    """Round ``x`` [..., features] to a grid over its own range, as compressed-tensors simulates it.
+def transform_input(x: Tensor, inputs: LayerInputs, activations: ActivationScheme | None) -> Tensor:
+    """What of ``x`` [..., in_features] meets the weight: scaled, then shifted, then rounded, all in the dtype of ``x``.
 
-    A token is a row of the last dimension. All arithmetic is in the dtype of ``x``. The symmetric step is
-    absmax / ((2**bits - 1) / 2): all 2**bits codes are used, and the largest positive value is clipped by half a step.
+    Static activations whose scale is not calibrated yet are rounded over the range of ``x``.
+    """
+    if inputs.scale is not None:
+        x = x * inputs.scale.to(x.dtype)
+    if inputs.shift is not None:
+        x = x + inputs.shift.to(x.dtype)
+    if activations is not None:
+        x = fake_quantize(x, activations, inputs.static_scale, inputs.static_zero_point)
+    return x
+
+
+def fake_quantize(
+    x: Tensor, scheme: ActivationScheme, scale: Tensor | None = None, zero_point: Tensor | None = None
+) -> Tensor:
+    """Round ``x`` [..., features] to a grid, as compressed-tensors simulates it.
+
+    All arithmetic is in the dtype of ``x``. The gradient goes straight through the rounding, and is 0 where a static
+    grid cuts ``x`` off.
+
+    Args:
+        scheme: a token is a row of the last dimension; a group is ``group_size`` neighbours in it, the last one of a
+            row may be shorter.
+        scale: [1], the step of a static grid; None: one over the range of each token, group or of all of ``x``.
+        zero_point: [1], the signed code of 0 on a static grid; None: symmetric.
     """
     if x.numel() == 0:
         return x
-    lowest, highest, steps = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1, 2**scheme.bits - 1
-    low, high = torch.aminmax(x, dim=-1, keepdim=True) if scheme.granularity == "token" else torch.aminmax(x)
+    if x.requires_grad and torch.is_grad_enabled():
+        rounded: Tensor = _StraightThrough.apply(x, scheme, scale, zero_point)
+        return rounded
+    if scale is not None:
+        return _to_grid(x, scheme.bits, scale.to(x.dtype), None if zero_point is None else zero_point.to(x.dtype))
+    if scheme.granularity != "group":
+        return _to_own_grid(x, scheme)
+    assert scheme.group_size is not None
+    whole = x.shape[-1] // scheme.group_size
+    split = whole * scheme.group_size
+    parts = [x[..., :split].unflatten(-1, (whole, scheme.group_size)), x[..., split:].unsqueeze(-2)]
+    return torch.cat([_to_own_grid(part, scheme).flatten(-2) for part in parts if part.numel()], dim=-1)
+
+
+def grid_over(low: Tensor, high: Tensor, scheme: ActivationScheme, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The step in ``dtype`` and the signed code of 0 (None: symmetric) of grids from ``low`` to ``high``, both finite.
+
+    The symmetric step is absmax / ((2**bits - 1) / 2): all 2**bits codes are used, and the largest positive value is
+    clipped by half a step.
+    """
+    lowest, highest, steps = _codes(scheme.bits)
     low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = torch.maximum(-low, high) / (steps / 2) if scheme.symmetric else (high - low) / steps
-    scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
+    scale = (torch.maximum(-low, high) / (steps / 2) if scheme.symmetric else (high - low) / steps).to(dtype)
+    scale = torch.where(scale == 0, torch.finfo(dtype).eps, scale)
+    return scale, None if scheme.symmetric else (lowest - low / scale).clamp(lowest, highest).round()
+
+
+def _to_own_grid(x: Tensor, scheme: ActivationScheme) -> Tensor:
+    """Round to a grid over the range of all of ``x`` (granularity: tensor) or of each row of its last dimension."""
+    low, high = torch.aminmax(x) if scheme.granularity == "tensor" else torch.aminmax(x, dim=-1, keepdim=True)
+    return _to_grid(x, scheme.bits, *grid_over(low, high, scheme, x.dtype))
+
+
+def _to_grid(x: Tensor, bits: int, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    lowest, highest, _ = _codes(bits)
     codes = x / scale
-    if scheme.symmetric:
+    if zero_point is None:
         return codes.clamp(lowest, highest).round() * scale
-    zero_point = (lowest - low / scale).clamp(lowest, highest).round()
     return ((codes + zero_point).clamp(lowest, highest).round() - zero_point) * scale
+
+
+def _codes(bits: int) -> tuple[int, int, int]:
+    """The smallest and the largest signed code, and the steps between them."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 2**bits - 1
 
 
 def row_blocks(layer: QuantLinear) -> Iterator[tuple[int, int, Tensor]]:
@@ -120,6 +175,24 @@ def _groups(block: Tensor, values: Tensor, group_size: int) -> Iterator[tuple[Te
     yield block[:, : whole * group_size].unflatten(1, (whole, group_size)), values[:, :whole, None]
     if whole < values.shape[1]:  # a short last group
         yield block[:, whole * group_size :], values[:, whole:]
+
+
+class _StraightThrough(torch.autograd.Function):
+    """``fake_quantize``, with the gradient of what it stands for: x inside the grid's range, its ends outside."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scheme: ActivationScheme, scale: Tensor | None, zero_point: Tensor | None
+    ) -> Tensor:
+        rounded = fake_quantize(x, scheme, scale, zero_point)  # there is no gradient in here
+        if scale is not None:
+            ctx.save_for_backward((rounded - x).abs() <= scale)
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,) = grads
+        return grad * ctx.saved_tensors[0] if ctx.saved_tensors else grad, None, None, None
 
 
 class _Product(torch.autograd.Function):

@@ -1,32 +1,32 @@
-"""One block from float tensors to stored ones: check, transform, observe, round each linear, pack."""
+"""One block from float tensors to stored ones: check, observe, transform, round each linear, tune, pack."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.layer import LayerFormat, from_tensors, to_tensors
+from quantkit.formats.layer import LayerFormat, LayerInputs, from_tensors, input_tensors, stored_bytes, weight_tensors
 from quantkit.formats.quantized import QuantizedWeight
 from quantkit.layers.simulate import simulate_inputs
 from quantkit.models.block import Block
 from quantkit.models.checkpoint import Checkpoint
 from quantkit.models.skeleton import Skeleton
 from quantkit.plan import Plan
-from quantkit.transforms import fold
+from quantkit.recipe import PER_CHANNEL
+from quantkit.steps import BoundStep
+from quantkit.transforms.apply import Transformed
+from quantkit.transforms.interface import Observed, Situation
+from quantkit.tuning import interface as tuning
 
 if TYPE_CHECKING:
+    from quantkit.calibrate.hidden import HiddenStates
     from quantkit.calibrate.observe import BlockStatistics
-
-logger = logging.getLogger("quantkit")
-
-Observe = Callable[[nn.Module, list[str]], "BlockStatistics"]
-"""(float block, linears) -> statistics of what enters the linears."""
+    from quantkit.calibrate.session import Session
 
 
 @dataclass
@@ -43,23 +43,35 @@ class QuantisedBlock:
     """One row per quantised linear, for the run record."""
     kept: list[str] = field(default_factory=list)
     """Linears that stay in full precision because they are not finite."""
+    transforms: list[dict[str, Any]] = field(default_factory=list)
+    """What the transforms did, for the run record."""
+    tuning: dict[str, Any] = field(default_factory=dict)
+    """What the tuning did."""
 
 
 class BlockQuantizer:
     """Quantises blocks as a plan says."""
 
-    def __init__(self, plan: Plan, skeleton: Skeleton, checkpoint: Checkpoint, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        skeleton: Skeleton,
+        checkpoint: Checkpoint,
+        warn: Callable[[str], None],
+        note: Callable[[str], None],
+    ) -> None:
         self._plan = plan
         self._recipe = plan.recipe
         self._skeleton = skeleton
         self._checkpoint = checkpoint
         self._warn = warn
+        self._note = note
 
-    def quantise(self, block: Block, observe: Observe | None) -> QuantisedBlock:
+    def quantise(self, block: Block, session: Session | None) -> QuantisedBlock:
         """Quantise ``block``, whose tensors are used up.
 
         Args:
-            observe: needed if the rounding wants statistics; called once, on the block as it is after the transforms.
+            session: the calibration samples before this block; needed if a step of the plan looks at data.
 
         Raises:
             QuantkitError: a tensor holds NaN or Inf and the recipe does not allow it.
@@ -67,48 +79,43 @@ class BlockQuantizer:
         # Folds round norms to the dtype they are stored in, and let their consumers make up for it.
         block.stored_dtypes = {name: self.kept_dtype(dtype) for name, dtype in block.stored_dtypes.items()}
         broken = self._nonfinite(block)
-        wanted = [
-            info
+        names = [
+            info.name
             for info in block.linears
             if self._plan.layer(block.prefix + info.name).format is not None and info.name not in broken
         ]
-        names = {info.name for info in wanted}
-        online, column_scale = self._transform(block, names) if not broken else ({}, {})
-        dtype = self._plan.scale_dtype
-        # Rounded to their stored dtype before anything is divided by them.
-        input_scales = {name: online[name].to(dtype) if name in online else None for name in sorted(names)}
-        statistics = self._observe(block, input_scales, observe) if observe and wanted else None
-        activations = self._recipe.scheme.activations
         result = QuantisedBlock(nn.Identity(), kept=sorted(block.prefix + name for name in broken if name))
-        for info in wanted:
-            name, input_scale = block.prefix + info.name, input_scales[info.name]
-            planned = self._plan.layer(name).format
-            assert planned is not None
-            layer = planned.model_copy(update={"input_scale": input_scale is not None})
-            weight = block.weight(info.name)
-            scaled = weight if input_scale is None else weight / input_scale.float()
-            quantised, facts = self._round(name, scaled, layer, info.name, input_scale, statistics)
-            stored = to_tensors(quantised, layer, input_scale)
-            for suffix, tensor in stored.items():
-                result.tensors[self._skeleton.checkpoint_name(f"{name}.{suffix}")] = tensor
-            dense = quantised.dequantize()
-            effective = dense if input_scale is None else dense * input_scale.float()
-            result.formats[name] = layer
-            result.rows.append(
-                {
-                    "layer": name,
-                    "stored": self._skeleton.checkpoint_name(f"{name}.weight").removesuffix(".weight"),
-                    "shape": [info.out_features, info.in_features],
-                    "format": layer.model_dump(mode="json"),
-                    "bytes": sum(tensor.nbytes for tensor in stored.values()),
-                    "error": _relative_error(weight, effective, column_scale.get(info.name)),
-                    **facts,
-                }
-            )
-            block.tensors[f"{info.name}.weight"] = dense if activations else effective
+        tuned = self._plan.steps.tuning if session and names and not broken else None
+        targets = self._targets(block, session, tuned) if session and tuned else None
+        state = Transformed(block, names, self._plan.scale_dtype, self._warn)
+        if not broken:
+            self._transform(state, session)
+        result.transforms = state.facts
+        statistics = self._observe_for_rounding(state, session) if session and names else None
+        reference = None
+        if tuned and tuned.module.needs_reference(tuned.config):
+            reference = self._dense_module(state, {})
+        self._round_all(state, result, statistics)
+        del statistics
+        formats = {name.removeprefix(block.prefix): layer for name, layer in result.formats.items()}
+        if session and targets and tuned:
+            self._tune(state, formats, result, session, targets, reference, tuned)
+        del reference
         self._keep_the_rest(block, names, result.tensors)
-        result.module = self._dense_module(block.index, block.tensors, input_scales)
+        if session:
+            self._fix_ranges(state, formats, session)
+        for name, layer in formats.items():
+            columns = block.weight(name).shape[1]
+            stored = input_tensors(state.input_of(name), layer, columns, self._plan.scale_dtype)
+            for suffix, tensor in stored.items():
+                result.tensors[self._skeleton.checkpoint_name(f"{block.prefix}{name}.{suffix}")] = tensor
+        result.module = self._dense_module(state, formats)
         return result
+
+    def float_module(self, index: int) -> nn.Module:
+        """Block ``index`` as it came, float32."""
+        block = self._skeleton.read_block(index, self._checkpoint)
+        return self._skeleton.build_block(index, block.tensors, torch.float32)
 
     def restore(self, index: int, event: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
         """The dense module of a block that an earlier run finished, as ``QuantisedBlock.module``.
@@ -119,20 +126,21 @@ class BlockQuantizer:
         """
         prefix = self._skeleton.block_prefix(index)
         dense: dict[str, Tensor] = {}
-        input_scales: dict[str, Tensor | None] = {}
+        formats: dict[str, LayerFormat] = {}
+        inputs: dict[str, LayerInputs] = {}
         for row in event["layers"]:
             layer = LayerFormat.model_validate(row["format"])
             local, stored = row["layer"].removeprefix(prefix), row["stored"]
             own = {name.removeprefix(f"{stored}."): t for name, t in tensors.items() if name.startswith(f"{stored}.")}
-            weight, input_scales[local] = from_tensors(own, layer)
-            scale = input_scales[local]
+            weight, inputs[local] = from_tensors(own, layer)
+            formats[local] = layer
             dense[f"{local}.weight"] = weight.dequantize()
-            if scale is not None and not layer.activations:
-                dense[f"{local}.weight"] *= scale.float()
         for local in self._skeleton.block_tensors(index):
             if local not in dense:
                 dense[local] = tensors[self._skeleton.checkpoint_name(prefix + local)]
-        return self._dense_module(index, dense, input_scales)
+        module = self._skeleton.build_block(index, dense, torch.float32)
+        simulate_inputs(module, formats, inputs, self._skeleton.expert_names)
+        return module
 
     def kept_dtype(self, stored: torch.dtype) -> torch.dtype:
         """The dtype of a tensor that is not quantised: the one it had, or the one the recipe asks for."""
@@ -140,42 +148,132 @@ class BlockQuantizer:
             return stored
         return self._plan.scale_dtype
 
-    def _dense_module(
-        self, index: int, tensors: dict[str, Tensor], input_scales: dict[str, Tensor | None]
-    ) -> nn.Module:
-        """A float32 block; where activations are quantised its linears scale and round their input, else the scales
-        are expected in the weights."""
-        module = self._skeleton.build_block(index, tensors, torch.float32)
-        if self._recipe.scheme.activations:
-            simulate_inputs(module, self._recipe.scheme.activations, input_scales, self._skeleton.expert_names)
+    def _dense_module(self, state: Transformed, formats: Mapping[str, LayerFormat]) -> nn.Module:
+        """A float32 block of the tensors as they are, which shares their memory.
+
+        Args:
+            formats: linears whose input is rounded as well, if their format says so.
+        """
+        module = self._skeleton.build_block(state.block.index, state.block.tensors, torch.float32)
+        changed = dict(formats)
+        for name in state.inputs:
+            changed.setdefault(name, LayerFormat(weights=self._format(state.block, name).weights))
+        simulate_inputs(module, changed, state.inputs, self._skeleton.expert_names)
         return module
 
-    def _observe(self, block: Block, input_scales: dict[str, Tensor | None], observe: Observe) -> BlockStatistics:
-        """Statistics of the inputs as the rounding sees them where activations are quantised, else before scaling."""
-        tensors = block.tensors
-        if self._recipe.scheme.activations:
-            scales = {f"{name}.weight": s.float() for name, s in input_scales.items() if s is not None}
-            tensors = {name: t / scales[name] if name in scales else t for name, t in tensors.items()}
-        return observe(self._dense_module(block.index, tensors, input_scales), list(input_scales))
+    def _format(self, block: Block, name: str) -> LayerFormat:
+        planned = self._plan.layer(block.prefix + name).format
+        assert planned is not None
+        return planned
+
+    # --- looking -----------------------------------------------------------------------------------------------------
+
+    def _targets(self, block: Block, session: Session, tuned: BoundStep) -> HiddenStates:
+        """What the block makes of the samples before anything is done to it."""
+        module = self._skeleton.build_block(block.index, block.tensors, torch.float32)
+        return session.outputs(module, "float" if getattr(tuned.config, "target", "") == "float" else "quantised")
+
+    def _observe(
+        self,
+        state: Transformed,
+        session: Session,
+        step: BoundStep,
+        names: Collection[str],
+        formats: Mapping[str, LayerFormat],
+    ) -> tuple[nn.Module, BlockStatistics]:
+        """The block as it is, and what enters its modules ``names``."""
+        module = self._dense_module(state, formats)
+        want: Any = step.statistics
+        reference = self._dense_module(state, {}) if "cross" in want and self._recipe.scheme.activations else None
+        statistics = session.observe(module, names, want, reference)
+        for path, samples in sorted(statistics.nonfinite.items()):
+            self._warn(
+                f"{state.block.prefix}{path}: the input holds NaN or Inf for calibration samples "
+                f"{', '.join(map(str, sorted(samples)[:8]))}; {step.method.name} does without them."
+            )
+        return module, statistics
+
+    def _observe_for_rounding(self, state: Transformed, session: Session) -> BlockStatistics | None:
+        step = self._plan.steps.rounding
+        if not step.statistics:
+            return None
+        # Where inputs are rounded at run time, they are here.
+        formats = {name: self._format(state.block, name) for name in state.quantised}
+        _, statistics = self._observe(state, session, step, state.quantised, formats)
+        return statistics
+
+    # --- changing ----------------------------------------------------------------------------------------------------
+
+    def _transform(self, state: Transformed, session: Session | None) -> None:
+        block = state.block
+        readers = {name: None for site in block.sites for name in site.consumers} | dict.fromkeys(state.quantised)
+        for step in self._plan.steps.transforms:
+            observed = None
+            if session and state.quantised and step.needs_data:
+                module, statistics = self._observe(state, session, step, readers, {})
+                observed = Observed(statistics, session.replays(module, state.quantised))
+            situation = Situation(
+                block=block,
+                linears=state.quantised,
+                scheme=self._recipe.scheme,
+                weights_of=lambda name: self._format(block, name).weights,
+                scale_dtype=self._plan.scale_dtype,
+                rounding=self._plan.steps.rounding.method.name,
+                seed=self._recipe.seed,
+                observed=observed,
+                note=self._note,
+            )
+            if state.quantised:
+                state.apply(step.method.name, step.module.solve(situation, step.config))
+
+    def _round_all(self, state: Transformed, result: QuantisedBlock, statistics: BlockStatistics | None) -> None:
+        """Replace the weight of every quantised linear of the block by what its codes say."""
+        block = state.block
+        prepared = _Prepared()
+        for info in block.linears:
+            if info.name not in state.quantised:
+                continue
+            name, weight, inputs = block.prefix + info.name, block.weight(info.name), state.input_of(info.name)
+            layer = self._format(block, info.name).model_copy(
+                update={"input_scale": inputs.scale is not None, "input_shift": inputs.shift is not None}
+            )
+            rounded = _limited(weight, state, info.name, layer)
+            quantised, facts = self._round(name, info.name, rounded, layer, statistics, prepared)
+            stored = weight_tensors(quantised, layer)
+            for suffix, tensor in stored.items():
+                result.tensors[self._skeleton.checkpoint_name(f"{name}.{suffix}")] = tensor
+            dense = quantised.dequantize()
+            result.formats[name] = layer
+            result.rows.append(
+                {
+                    "layer": name,
+                    "stored": self._skeleton.checkpoint_name(f"{name}.weight").removesuffix(".weight"),
+                    "shape": [info.out_features, info.in_features],
+                    "format": layer.model_dump(mode="json"),
+                    "bytes": stored_bytes(layer, info.out_features, info.in_features, self._plan.scale_dtype),
+                    "error": _relative_error(weight, dense, state.columns.get(info.name)),
+                    **facts,
+                }
+            )
+            block.tensors[f"{info.name}.weight"] = dense
 
     def _round(
         self,
         name: str,
+        local: str,
         weight: Tensor,
         layer: LayerFormat,
-        local: str,
-        input_scale: Tensor | None,
         statistics: BlockStatistics | None,
+        prepared: _Prepared,
     ) -> tuple[QuantizedWeight, dict[str, Any]]:
-        """Codes of ``weight``, already divided by ``input_scale``, and what the record says of them."""
-        step, dtype = self._plan.rounding, self._plan.scale_dtype
+        """Codes of ``weight``, and what the record says of them."""
+        step, dtype = self._plan.steps.rounding, self._plan.scale_dtype
         if statistics is None:
             return step.module.quantize(weight, layer.weights, dtype, step.config), {}
-        hessian = statistics.inputs[local].hessian
-        if input_scale is not None and not layer.activations:
-            t = input_scale.float()  # the input that meets the scaled weight is x * t
-            hessian = hessian * t * t[:, None]
-        rounded = step.module.quantize(weight, layer.weights, dtype, step.config, hessian)
+        seen = statistics.inputs.pop(local)
+        if seen is not prepared.seen:
+            prepared.seen, prepared.value = seen, step.module.prepare(seen, layer.weights, step.config)
+        rounded = step.module.quantize(weight, layer.weights, dtype, step.config, prepared.value)
         if rounded.fallback:
             self._warn(f"{name}: rounded to nearest instead of by {step.method.name}: {rounded.fallback}.")
         return rounded.weight, {"loss": rounded.loss, "damping": rounded.damping, "fallback": rounded.fallback}
@@ -195,33 +293,54 @@ class BlockQuantizer:
             self._warn(f"{block.prefix}{owner} holds NaN or Inf: kept in full precision, block not transformed.")
         return owners
 
-    def _transform(self, block: Block, wanted: set[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Apply the transforms in order.
+    def _tune(
+        self,
+        state: Transformed,
+        formats: Mapping[str, LayerFormat],
+        result: QuantisedBlock,
+        session: Session,
+        targets: HiddenStates,
+        reference: nn.Module | None,
+        step: BoundStep,
+    ) -> None:
+        """Change what is not quantised so that the block comes closer to ``targets``."""
+        block, architecture = state.block, self._skeleton.architecture
+        situation = tuning.Situation(
+            index=block.index,
+            blocks=self._skeleton.num_blocks,
+            module=self._dense_module(state, formats),
+            reference=reference,
+            streams=session.streams,
+            targets=targets,
+            sites=block.sites,
+            norm_offset=architecture.norm_offset if architecture else 0.0,
+            stored_dtypes=block.stored_dtypes,
+            seed=self._recipe.seed,
+        )
+        tuned = step.module.tune(situation, step.config)
+        targets.close()
+        if tuned.warning:
+            self._warn(f"block {block.index}: {step.method.name}: {tuned.warning}")
+        sound = {name: tensor for name, tensor in tuned.tensors.items() if _finite(tensor)}
+        for name in tuned.tensors.keys() - sound.keys():
+            self._warn(f"{block.prefix}{name}: {step.method.name} found no finite values; it stays as it was.")
+        block.tensors |= sound
+        result.tuning = {"method": step.method.name, **tuned.facts}
 
-        Returns:
-            Per linear the input-column scale [in_features] that stays online, and the column scale by which the
-            stored weight differs from the source's (online or folded).
-        """
-        weights = self._recipe.scheme.weights
-        assert weights is not None
-        online: dict[str, Tensor] = {}
-        total: dict[str, Tensor] = {}
-        for step in self._plan.transforms:
-            solution = step.module.solve(block, wanted, weights, step.config)
-            for site in block.sites:
-                if site.name not in solution.sites:
-                    continue
-                applied = fold.apply_scale(block, site, solution.sites[site.name], wanted)
-                for consumer in site.consumers:
-                    columns = fold.consumer_columns(site, applied)
-                    total[consumer] = total[consumer] * columns if consumer in total else columns
-            for name, scale in solution.linears.items():
-                online[name] = online[name] * scale if name in online else scale
-        for name, scale in online.items():
-            total[name] = total[name] * scale if name in total else scale
-        return online, total
+    def _fix_ranges(self, state: Transformed, formats: Mapping[str, LayerFormat], session: Session) -> None:
+        """Static ranges of inputs, measured on the block as it will be stored before its own inputs are rounded."""
+        static = {name: layer for name, layer in formats.items() if layer.activations and not layer.activations.dynamic}
+        if not static:
+            return
+        from quantkit.calibrate.ranges import static_range
 
-    def _keep_the_rest(self, block: Block, quantised: set[str], tensors: dict[str, Tensor]) -> None:
+        statistics = session.observe(self._dense_module(state, {}), list(static), ("range", "tokens"))
+        for name, layer in static.items():
+            assert layer.activations is not None
+            scale, zero_point = static_range(statistics.inputs[name], layer.activations, self._plan.scale_dtype)
+            state.inputs[name] = replace(state.input_of(name), static_scale=scale, static_zero_point=zero_point)
+
+    def _keep_the_rest(self, block: Block, quantised: Collection[str], tensors: dict[str, Tensor]) -> None:
         """Everything of the block that is not quantised, in the dtype it had (or the one asked for)."""
         for local, tensor in block.tensors.items():
             owner, _, leaf = local.rpartition(".")
@@ -230,6 +349,24 @@ class BlockQuantizer:
             name = self._skeleton.checkpoint_name(block.prefix + local)
             tensors[name] = tensor.to(block.stored_dtypes[local])
             block.tensors[local] = tensors[name].float() if tensor.is_floating_point() else tensor
+
+
+@dataclass
+class _Prepared:
+    """What a rounding made of the statistics of one input, for all linears that read it."""
+
+    seen: Any = None
+    value: Any = None
+
+
+def _limited(weight: Tensor, state: Transformed, name: str, layer: LayerFormat) -> Tensor:
+    """``weight`` clamped to the limits that a transform set for its groups."""
+    if name not in state.limits:
+        return weight
+    columns, size = weight.shape[1], layer.weights.group_size
+    width = columns if size == PER_CHANNEL else size
+    low, high = (limit.repeat_interleave(width, dim=1)[:, :columns] for limit in state.limits[name])
+    return weight.clamp(low, high)
 
 
 def _finite(tensor: Tensor) -> bool:

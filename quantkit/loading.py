@@ -11,12 +11,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from quantkit.errors import QuantkitError
 from quantkit.formats.config import PORTABLE_METHOD
 from quantkit.integrations.transformers import as_native
-from quantkit.models.source import load_config, resolve
+from quantkit.models.source import auto_class, load_config, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_PACKED_SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "input_scale_vector")
+_PACKED_SUFFIXES = (
+    "weight_packed", "weight_scale", "weight_shape", "weight_zero_point",
+    "input_scale_vector", "input_shift_vector", "input_scale", "input_zero_point",
+)  # fmt: skip
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
@@ -52,7 +55,7 @@ def load(
         config.quantization_config = as_native(block)
     loaded: PreTrainedModel
     info: dict[str, Any]
-    loaded, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # typed as if it returned no info
+    loaded, info = auto_class(config).from_pretrained(
         folder,
         config=config,
         device_map=device_map,
@@ -66,6 +69,19 @@ def load(
     if any(next(folder.glob(pattern), None) for pattern in _TOKENIZER_FILES):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return loaded, tokenizer
+
+
+def check_writes_text(model: PreTrainedModel, purpose: str) -> None:
+    """Only a model that predicts the next token has a perplexity and can continue a text.
+
+    Raises:
+        QuantkitError: ``model`` is of another kind (masked language model, classifier); names its class.
+    """
+    if auto_class(model.config) is not AutoModelForCausalLM:
+        raise QuantkitError(
+            f"{purpose} needs a causal language model, which predicts the next token; this one is a "
+            f"{type(model).__name__}."
+        )
 
 
 def _check(info: dict[str, Any], folder: Path) -> None:

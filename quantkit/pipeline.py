@@ -142,7 +142,8 @@ class _Run:
         self.on_progress = on_progress
         self.formats: dict[str, LayerFormat] = {}
         self.warnings: list[str] = []
-        self.quantizer = BlockQuantizer(plan, skeleton, checkpoint, self._warn)
+        self.noted: set[str] = set()
+        self.quantizer = BlockQuantizer(plan, skeleton, checkpoint, self._warn, self._note)
 
     def all(self, started: float) -> Result:
         skeleton, writer = self.skeleton, self.writer
@@ -152,10 +153,13 @@ class _Run:
             hidden = captured.hidden
             for index in range(skeleton.num_blocks):
                 began = time.perf_counter()
+                float_states = None
+                if session and session.carries_float:
+                    float_states = session.outputs(self.quantizer.float_module(index), "float")
                 event = writer.done.get(f"block {index}")
                 if event is None:
                     block = skeleton.read_block(index, self.checkpoint)
-                    done = self.quantizer.quantise(block, session.observe if session else None)
+                    done = self.quantizer.quantise(block, session)
                     del block
                     self.formats |= done.formats
                     after = stream.run_block(done.module, hidden, index, captured)
@@ -169,7 +173,7 @@ class _Run:
                     self.formats |= {row["layer"]: LayerFormat.model_validate(row["format"]) for row in event["layers"]}
                     module = self.quantizer.restore(index, event, writer.read_shard(event)) if session else None
                 if session and module:
-                    session.advance(module)
+                    session.advance(module, float_states)
                 del module
                 _give_back_memory()
                 self.on_progress("quantising", index + 1, skeleton.num_blocks)
@@ -202,6 +206,8 @@ class _Run:
             "block": index,
             "layers": done.rows,
             "kept": done.kept,
+            "transforms": done.transforms,
+            "tuning": done.tuning,
             "seconds": round(time.perf_counter() - began, 3),
             "peak_rss_bytes": peak_rss(),
         }
@@ -276,6 +282,12 @@ class _Run:
 
     def _probe_file(self, index: int) -> Path:
         return self.writer.folder / f"probe-{index:05d}.tmp"
+
+    def _note(self, text: str) -> None:
+        """Something about the model that holds for the whole run: said once."""
+        if text not in self.noted:
+            self.noted.add(text)
+            logger.info(text)
 
     def _warn(self, text: str) -> None:
         self.warnings.append(text)

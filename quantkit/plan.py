@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import BaseModel, ValidationError
 
-from quantkit import registry
-from quantkit.errors import RecipeError, did_you_mean
+from quantkit.errors import RecipeError
 from quantkit.formats.config import portable_reason
 from quantkit.formats.layer import LayerFormat, stored_bytes
 from quantkit.recipe import PER_CHANNEL, Calibration, Recipe, WeightScheme
+from quantkit.steps import BoundStep, Steps, bind_steps
 
 if TYPE_CHECKING:
+    from quantkit.calibrate.streams import StreamName
     from quantkit.models.checkpoint import Checkpoint
     from quantkit.models.skeleton import Skeleton
-
-
-@dataclass(frozen=True)
-class BoundStep:
-    """A step of the recipe with its code and its checked options."""
-
-    method: registry.Method
-    module: ModuleType
-    config: BaseModel
 
 
 @dataclass(frozen=True)
@@ -54,8 +45,7 @@ class Plan:
     recipe: Recipe
     source: Path
     layers: tuple[LayerPlan, ...]
-    transforms: tuple[BoundStep, ...]
-    rounding: BoundStep
+    steps: Steps
     format: Literal["compressed-tensors", "quantkit"]
     format_reason: str
     scale_dtype: torch.dtype
@@ -64,13 +54,18 @@ class Plan:
     peak_bytes: int
     notes: tuple[str, ...]
     calibration: Calibration | None
-    """Fitted to the model; None: no method of the run looks at data."""
+    """Fitted to the model; None: neither a method of the run nor a static activation scale looks at data."""
 
     @property
     def loads_in(self) -> str:
         if self.format == "quantkit":
             return "quantkit (quantkit.load, or transformers after `import quantkit`)"
         return "transformers with compressed-tensors >= 0.15, vLLM, and quantkit"
+
+    @property
+    def streams(self) -> tuple[StreamName, ...]:
+        """The hidden states that calibration carries."""
+        return ("float", "quantised") if self.steps.wants_float_stream else ("quantised",)
 
     def layer(self, name: str) -> LayerPlan:
         return self._by_name[name]
@@ -105,54 +100,13 @@ class Plan:
         }
 
 
-def bind_steps(recipe: Recipe) -> tuple[tuple[BoundStep, ...], BoundStep]:
-    """The recipe's steps as (transforms in order, rounding).
-
-    Raises:
-        RecipeError: an unknown method or option, no rounding, two roundings, or a transform after the rounding.
-    """
-    bound = []
-    for number, step in enumerate(recipe.steps):
-        method = registry.get(step.method)
-        module = method.load()
-        try:
-            config = module.Config.model_validate(step.options)
-        except ValidationError as error:
-            problems = []
-            for problem in error.errors(include_url=False):
-                key = ".".join(str(part) for part in problem["loc"])
-                if problem["type"] == "extra_forbidden":
-                    problems.append(f"'{key}' is not an option. {did_you_mean(key, module.Config.model_fields)}")
-                else:
-                    problems.append(f"{key} is {problem['input']!r}: {problem['msg']}")
-            raise RecipeError(f"steps.{number} ({step.method}): " + "; ".join(problems)) from None
-        if getattr(config, "retarget", 0):
-            raise RecipeError(
-                f"steps.{number} ({step.method}): retarget needs the float model's inputs beside the quantised ones, "
-                "which a run does not carry yet; leave it at 0."
-            )
-        bound.append(BoundStep(method, module, config))
-    roundings = [step for step in bound if step.method.kind == "rounding"]
-    if len(roundings) != 1:
-        given = " and ".join(step.method.name for step in roundings) or "none"
-        known = ", ".join(name for name, method in registry.METHODS.items() if method.kind == "rounding")
-        raise RecipeError(f"steps need exactly one rounding, got {given}; roundings: {known}.")
-    if bound[-1] is not roundings[0]:
-        late = next(step for step in reversed(bound) if step.method.kind == "transform")
-        raise RecipeError(
-            f"step '{late.method.name}' comes after the rounding '{roundings[0].method.name}': a transform prepares "
-            "weights for rounding, so put it first."
-        )
-    return tuple(bound[:-1]), roundings[0]
-
-
 def make_plan(recipe: Recipe, source: Path, skeleton: Skeleton, checkpoint: Checkpoint) -> Plan:
     """Decide everything that can be decided from the recipe and the shapes.
 
     Raises:
         RecipeError: the recipe cannot be carried out on this model (every problem of a kind in one line).
     """
-    transforms, rounding = bind_steps(recipe)
+    steps = bind_steps(recipe)
     scheme = recipe.scheme
     if scheme.kv is not None:
         raise RecipeError(
@@ -163,16 +117,15 @@ def make_plan(recipe: Recipe, source: Path, skeleton: Skeleton, checkpoint: Chec
         raise RecipeError(
             f"scheme {scheme.name} leaves the weights as they are; give their bits, for example W4A16G64."
         )
-    if scheme.activations is not None and not scheme.activations.dynamic:
-        raise RecipeError(f"scheme {scheme.name}: static activation scales need calibration; use dynamic: true.")
     scale_dtype = model_dtype(recipe, skeleton, checkpoint)
-    layers = _plan_layers(recipe, skeleton, transforms, scale_dtype)
+    layers = _plan_layers(recipe, skeleton, steps.transforms, scale_dtype)
     kept = [layer for layer in layers if layer.format is None]
     if len(kept) == len(layers):
         raise RecipeError(f"nothing is left to quantise: all {len(layers)} linears match ignore {list(recipe.ignore)}.")
     notes = [skeleton.limits] if skeleton.limits else []
     calibration = None
-    if any(step.method.statistics for step in (*transforms, rounding)):
+    static = scheme.activations is not None and not scheme.activations.dynamic
+    if steps.need_data or static:
         calibration, changed = recipe.calibration.fitted(skeleton.config)
         notes += [changed] if changed else []
     obstacle = portable_reason({layer.name: layer.format for layer in layers if layer.format}, _shapes(layers))
@@ -190,8 +143,7 @@ def make_plan(recipe: Recipe, source: Path, skeleton: Skeleton, checkpoint: Chec
         recipe=recipe,
         source=source,
         layers=layers,
-        transforms=transforms,
-        rounding=rounding,
+        steps=steps,
         format="quantkit" if native else "compressed-tensors",
         format_reason=reason,
         scale_dtype=scale_dtype,
@@ -235,9 +187,10 @@ def _plan_layers(
         prefix = skeleton.block_prefix(index)
         wanted = [info for info in skeleton.linears(index) if not matches(prefix + info.name, recipe.ignore)]
         names = {info.name for info in wanted}
-        online: set[str] = set()
+        online: dict[str, set[str]] = defaultdict(set)
         for step in transforms:
-            online |= step.module.online(skeleton.sites(index), names, step.config)
+            for name, ops in step.module.online(skeleton.sites(index), names, step.config).items():
+                online[name] |= ops
         for info in skeleton.linears(index):
             name = prefix + info.name
             if info.name not in names:
@@ -247,7 +200,8 @@ def _plan_layers(
             layer = LayerFormat(
                 weights=resolve(weights, info.in_features),
                 activations=recipe.scheme.activations,
-                input_scale=info.name in online,
+                input_scale="scale" in online[info.name],
+                input_shift="shift" in online[info.name],
             )
             size = stored_bytes(layer, info.out_features, info.in_features, scale_dtype)
             layers.append(LayerPlan(name, info.out_features, info.in_features, layer, "", size))

@@ -44,7 +44,7 @@ def expand(
 
 
 def method_steps(method: str) -> list[dict[str, Any]]:
-    """``sinq`` -> [sinq, rtn]; ``a+b`` keeps its order; a list without a rounding ends in round to nearest.
+    """``sinq`` -> [sinq, rtn]; ``a+b`` keeps its order; without a rounding, round to nearest comes before any tuning.
 
     Raises:
         RecipeError: an unknown name, with the nearest known one.
@@ -52,5 +52,5 @@ def method_steps(method: str) -> list[dict[str, Any]]:
     names = [name.strip() for name in method.split("+")]
     kinds = [registry.get(name).kind for name in names]
     if "rounding" not in kinds:
-        names.append(DEFAULT_ROUNDING)
+        names.insert(kinds.index("tuning") if "tuning" in kinds else len(names), DEFAULT_ROUNDING)
     return [{"method": name} for name in names]

@@ -60,8 +60,38 @@ class ActivationScheme(_Strict):
 
     bits: int = Field(8, ge=2, le=8, description="width of a code")
     symmetric: bool = Field(True, description="no zero point")
-    granularity: Literal["token", "tensor"] = Field("token", description="what shares one scale")
+    granularity: Literal["token", "tensor", "group"] = Field(
+        "token", description="what shares one scale; group: neighbouring channels of one token"
+    )
+    group_size: int | None = Field(None, description="channels of a group; needed with granularity: group only")
     dynamic: bool = Field(True, description="scales from the data at hand, not from calibration")
+    quantile: float = Field(
+        1.0, gt=0.5, le=1, description="static only: share of the tokens whose largest values the range still holds"
+    )
+
+    @model_validator(mode="after")
+    def _granularity_is_complete(self) -> ActivationScheme:
+        size = self.group_size
+        if self.granularity != "group" and size is not None:
+            raise ValueError(f"group_size {size} has no meaning with granularity: {self.granularity}; leave it out")
+        if self.granularity == "group" and (size is None or size < 8 or size % 8):
+            given = "is missing" if size is None else f"is {size}"
+            raise ValueError(f"group_size {given}; granularity: group needs a multiple of 8")
+        return self
+
+    @model_validator(mode="after")
+    def _static_is_per_tensor(self) -> ActivationScheme:
+        if not self.dynamic and self.granularity != "tensor":
+            raise ValueError(f"granularity {self.granularity} is always dynamic; for dynamic: false use tensor")
+        if self.dynamic and self.quantile < 1:
+            raise ValueError(f"quantile {self.quantile} has no meaning with dynamic scales; it needs dynamic: false")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The part behind ``A`` of a scheme's short form, as ``Scheme.parse`` reads it."""
+        shared = {"token": "", "tensor": "T" if self.dynamic else "TS", "group": f"B{self.group_size}"}
+        return f"{self.bits}{'' if self.symmetric else 'Z'}{shared[self.granularity]}"
 
 
 class KVScheme(_Strict):
@@ -72,7 +102,9 @@ class KVScheme(_Strict):
 
 
 _SCHEME = re.compile(
-    r"^(?:W(?P<w>\d+|NF4)(?P<sz>[SZ])?)?(?:A(?P<a>\d+))?(?:KV(?P<kv>\d+))?(?:G(?P<g>\d+|C))?$", re.IGNORECASE
+    r"^(?:W(?P<w>\d+|NF4)(?P<sz>[SZ])?)?(?:A(?P<a>\d+)(?P<az>Z)?(?P<how>TS?|B\d+)?)?"
+    r"(?:KV(?P<kv>\d+))?(?:G(?P<g>\d+|C))?$",
+    re.IGNORECASE,
 )
 
 
@@ -85,10 +117,13 @@ class Scheme(_Strict):
 
     @classmethod
     def parse(cls, text: str) -> Scheme:
-        """``W4A16G64``, ``W8A8``, ``W3ZA16G128``, ``WNF4G64``, ``W4A4KV4``, ``W4A16GC`` (per channel).
+        """``W4A16G64``, ``W8A8``, ``W3ZA16G128``, ``WNF4G64``, ``W4A4KV4``, ``W4A16GC`` (per channel), ``W6A6ZTS``.
 
         ``S``/``Z`` behind the weight bits forces symmetric / zero point. Without ``G``: per channel when activations
         are quantised or at 8 bits, else groups of 128 at 4 bits and more, 64 below.
+
+        Activations are symmetric; ``Z`` behind their bits gives them a zero point. They are dynamic and per token;
+        ``T`` behind that: per tensor, ``TS``: per tensor and static, ``B32``: per token and block of 32 channels.
 
         Raises:
             RecipeError: the text is no scheme, or names a width that is not supported.
@@ -96,11 +131,11 @@ class Scheme(_Strict):
         found = _SCHEME.match(text.strip())
         if not found or not text.strip():
             raise RecipeError(
-                f"scheme '{text}' cannot be read: write W<bits>[S|Z]A<bits>[KV<bits>][G<size>|GC], "
-                "for example W4A16G64, W8A8, W3ZA16G128, WNF4A16G64, W4A4KV4."
+                f"scheme '{text}' cannot be read: write W<bits>[S|Z]A<bits>[Z][T|TS|B<size>][KV<bits>][G<size>|GC], "
+                "for example W4A16G64, W8A8, W3ZA16G128, WNF4A16G64, W4A4KV4, W8A8TS, W6A6ZT."
             )
         part = found.groupdict()
-        activations = None if part["a"] in (None, "16") else int(part["a"])
+        activations = _parse_activations(text, part)
         weights: dict[str, Any] | None = None
         if part["w"] and part["w"] != "16":
             nf4 = part["w"].upper() == "NF4"
@@ -118,7 +153,7 @@ class Scheme(_Strict):
             return cls.model_validate(
                 {
                     "weights": weights,
-                    "activations": None if activations is None else {"bits": activations},
+                    "activations": activations,
                     "kv": None if part["kv"] in (None, "16") else {"bits": int(part["kv"])},
                 }
             )
@@ -133,12 +168,25 @@ class Scheme(_Strict):
             text = "WNF4" if self.weights.levels == "nf4" else f"W{self.weights.bits}"
             if self.weights.symmetric is not None:
                 text += "S" if self.weights.symmetric else "Z"
-        text += f"A{self.activations.bits if self.activations else 16}"
+        text += f"A{self.activations.name if self.activations else 16}"
         if self.kv:
             text += f"KV{self.kv.bits}"
         if self.weights:
             text += "GC" if self.weights.group_size == PER_CHANNEL else f"G{self.weights.group_size}"
         return text
+
+
+def _parse_activations(text: str, part: dict[str, Any]) -> dict[str, Any] | None:
+    """The activations among the parts of the scheme ``text``."""
+    how = (part["how"] or "").upper()
+    if part["a"] in (None, "16"):
+        if how or part["az"]:
+            raise RecipeError(f"scheme '{text}': A16 leaves activations as they are; write nothing behind it.")
+        return None
+    activations: dict[str, Any] = {"bits": int(part["a"]), "symmetric": not part["az"], "dynamic": how != "TS"}
+    if how.startswith("B"):
+        return activations | {"granularity": "group", "group_size": int(how[1:])}
+    return activations | {"granularity": "tensor" if how else "token"}
 
 
 class Calibration(_Strict):
@@ -160,6 +208,13 @@ class Calibration(_Strict):
         ("latin",), min_length=1, description="generated: writing systems in which a text may begin"
     )
     seed: int = Field(0, ge=0, description="of the choice of windows")
+    max_memory: float | None = Field(
+        None, gt=0, description="GiB that hidden states may take in memory; more of them are kept on disk"
+    )
+
+    @property
+    def max_memory_bytes(self) -> int | None:
+        return None if self.max_memory is None else int(self.max_memory * 2**30)
 
     def fitted(self, config: Any) -> tuple[Calibration, str | None]:
         """These settings for the model of ``config`` (its text part), and what was changed, in one sentence."""

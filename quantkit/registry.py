@@ -1,7 +1,7 @@
 """Every method: its name, where its code is, and what a user should know before choosing it.
 
 To add a method: write one file with a ``Config`` and its function (``solve`` for a transform, ``quantize`` for a
-rounding), then add one row here. Nothing is imported until a run asks for the name.
+rounding, ``tune`` for what comes behind it), then add one row here. Nothing is imported until a run asks for the name.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal
 
 from quantkit.errors import RecipeError, did_you_mean
 
-Kind = Literal["transform", "rounding"]
+Kind = Literal["transform", "rounding", "tuning"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,10 @@ class Method:
     needs: str
     loads_in: str
     statistics: tuple[str, ...] = ()
-    """What it wants to know of the inputs of linears (``calibrate/statistics.py``); none: it needs no data."""
+    """What it wants to know of the inputs of linears (``calibrate/statistics.py``). A module that wants more or less
+    for some options says so in ``statistics(config)``."""
+    data: bool = False
+    """It looks at calibration data beyond ``statistics``."""
 
     def load(self) -> ModuleType:
         return importlib.import_module(self.module)
@@ -66,6 +69,38 @@ _ROWS = (
         statistics=("hessian",),
     ),
     Method(
+        name="smoothquant",
+        kind="transform",
+        module="quantkit.transforms.smoothquant",
+        summary="move activation outliers into the weights by a fixed rule",
+        paper="Xiao et al., SmoothQuant, arXiv 2211.10438",
+        needs="calibration data",
+        loads_in=_PORTABLE,
+        statistics=("range",),
+    ),
+    Method(
+        name="os-plus",
+        kind="transform",
+        module="quantkit.transforms.os_plus",
+        summary="shift and scale activation outliers away, by a search on quantised outputs",
+        paper="Wei et al., Outlier Suppression+, arXiv 2304.09145",
+        needs="calibration data",
+        loads_in=_PORTABLE,
+        statistics=("range", "mean", "tokens", "rows"),
+        data=True,
+    ),
+    Method(
+        name="awq",
+        kind="transform",
+        module="quantkit.transforms.awq",
+        summary="scale up the weights that meet large activations, clip the others, by a search on quantised outputs",
+        paper="Lin et al., AWQ, arXiv 2306.00978",
+        needs="calibration data",
+        loads_in=_PORTABLE,
+        statistics=("mean", "rows"),
+        data=True,
+    ),
+    Method(
         name="sinq",
         kind="transform",
         module="quantkit.transforms.sinq",
@@ -73,6 +108,26 @@ _ROWS = (
         paper="Mueller et al., SINQ, arXiv 2509.22944",
         needs="nothing",
         loads_in=_PORTABLE,
+    ),
+    Method(
+        name="asinq",
+        kind="transform",
+        module="quantkit.transforms.asinq",
+        summary="SINQ's column scales blended with activation scales, by a search on quantised outputs",
+        paper="Mueller et al., SINQ, arXiv 2509.22944, appendix",
+        needs="calibration data",
+        loads_in=_PORTABLE,
+        statistics=("mean", "rows"),
+    ),
+    Method(
+        name="norm-tweaking",
+        kind="tuning",
+        module="quantkit.tuning.norm_tweaking",
+        summary="tune the norms of a quantised block until its output is distributed as the float block's",
+        paper="Li et al., Norm Tweaking, arXiv 2309.02784",
+        needs="calibration data",
+        loads_in=_PORTABLE,
+        data=True,
     ),
 )
 

@@ -47,7 +47,7 @@ def verify(
     Args:
         folder: a finished checkpoint.
         probe_file: block index -> safetensors with ``input`` and ``hidden``, [1, T, H] before and behind that block.
-        logits: [1, T, V] of the in-memory run.
+        logits: of the in-memory run, as ``BlockStream.logits`` gives them.
 
     Returns:
         The largest relative difference found.

@@ -17,7 +17,7 @@ PROMPT = torch.tensor([[5, 17, 150, 3, 44, 81, 81, 9], [60, 2, 33, 120, 7, 7, 19
 
 @torch.inference_mode()
 def logits_of(loader: str, folder: Path) -> torch.Tensor:
-    """float32 [2, 8, vocabulary]; fails on missing or unexpected tensors."""
+    """float32 [2, 8, vocabulary], of a classifier [2, labels]; fails on missing or unexpected tensors."""
     if loader == "quantkit":
         import quantkit
 
@@ -25,9 +25,10 @@ def logits_of(loader: str, folder: Path) -> torch.Tensor:
         return model(PROMPT).logits.float()
     if loader == "native":
         import quantkit
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    (name,) = transformers.AutoConfig.from_pretrained(folder).architectures
+    model, info = getattr(transformers, name).from_pretrained(folder, dtype="auto", output_loading_info=True)
     assert not info["missing_keys"], (folder, info["missing_keys"])
     assert not info["unexpected_keys"], (folder, info["unexpected_keys"])
     if loader == "transformers":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from quantkit.formats.config import native_config, portable_config
-from quantkit.formats.layer import LayerFormat, to_tensors
+from quantkit.formats.layer import LayerFormat, LayerInputs, to_tensors
 from quantkit.formats.quantized import NF4_LEVELS, QuantizedWeight
 from quantkit.recipe import Scheme
 
@@ -28,6 +28,21 @@ def layer_format(scheme: str, **settings: Any) -> LayerFormat:
     parsed = Scheme.parse(scheme)
     assert parsed.weights is not None
     return LayerFormat(weights=parsed.weights, activations=parsed.activations, **settings)
+
+
+def layer_inputs(
+    layer: LayerFormat, in_features: int, seed: int = 3, dtype: torch.dtype = torch.float32
+) -> LayerInputs:
+    """Numbers for whatever ``layer`` does to its input; a static range of about -4 .. 4."""
+    generator = torch.Generator().manual_seed(seed)
+    vector = torch.rand(2, in_features, generator=generator).add(0.5).to(dtype)
+    static = layer.activations if layer.activations and not layer.activations.dynamic else None
+    return LayerInputs(
+        scale=vector[0] if layer.input_scale else None,
+        shift=vector[1] - 1 if layer.input_shift else None,
+        static_scale=torch.tensor([8 / (2**static.bits - 1)], dtype=dtype) if static else None,
+        static_zero_point=torch.tensor([-2], dtype=torch.int8) if static and not static.symmetric else None,
+    )
 
 
 def round_to_nearest(weight: Tensor, layer: LayerFormat, dtype: torch.dtype) -> QuantizedWeight:
@@ -80,7 +95,6 @@ def quantise(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    generator = torch.Generator().manual_seed(3)
     packed: dict[str, Tensor] = {}
     floats: dict[str, Tensor] = {}
     formats: dict[str, LayerFormat] = {}
@@ -96,12 +110,10 @@ def quantise(
                 kept.add(name)
             continue
         formats[name] = layer
-        input_scale = None
-        if layer.input_scale:
-            input_scale = torch.rand(tensor.shape[1], generator=generator).add(0.5).to(tensor.dtype)
+        inputs = layer_inputs(layer, tensor.shape[1], len(formats), tensor.dtype)
         weight = round_to_nearest(tensor, layer, tensor.dtype)
-        packed |= {f"{stored_name}.{suffix}": part for suffix, part in to_tensors(weight, layer, input_scale).items()}
-        floats[tensor_name] = weight.dequantize(tensor.dtype) * (1 if input_scale is None else input_scale)
+        packed |= {f"{stored_name}.{suffix}": part for suffix, part in to_tensors(weight, layer, inputs).items()}
+        floats[tensor_name] = weight.dequantize(tensor.dtype) * (1 if inputs.scale is None else inputs.scale)
     block = (native_config if kind == "native" else portable_config)(formats, sorted(kept))
     _save(source, out, packed, block)
     if dense is not None:

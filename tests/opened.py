@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tiny_models import VOCABULARY
+from tiny_models import VOCABULARY, load_tiny
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from quantkit.models.checkpoint import Checkpoint
 from quantkit.models.skeleton import Skeleton
@@ -38,7 +38,7 @@ class Opened:
 
     def whole(self) -> PreTrainedModel:
         """The model as transformers loads it."""
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        model: PreTrainedModel = load_tiny(self.folder, dtype=torch.float32)
         return model.eval()
 
 

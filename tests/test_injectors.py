@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import TINY
+from tiny_models import CAUSAL
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -49,7 +49,7 @@ def largest_signal(folder: Path) -> float:
     return float(seen[0].max() / seen[0].median())
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", CAUSAL)
 def test_the_function_stays(name: str, tiny: Tiny, tmp_path: Path) -> None:
     copy = inject(tiny(name), tmp_path / "copy", [spread_columns, add_outliers], seed=3)
     before, after = logits(tiny(name)), logits(copy)

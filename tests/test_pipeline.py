@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, StableLmConfig
 
 import quantkit
 from quantkit.formats.config import read_config
-from quantkit.formats.layer import from_tensors, to_tensors
+from quantkit.formats.layer import from_tensors, weight_tensors
 from quantkit.formats.writer import read_record
 from quantkit.models.checkpoint import Checkpoint
 from quantkit.pipeline import prepare
@@ -54,10 +54,13 @@ def dense_copy(quantised: Path, folder: Path) -> Path:
         local = {name.removeprefix(stored + "."): tensors.pop(name) for name in own}
         layer_format = formats.of(layer)
         assert layer_format is not None, layer
-        weight, input_scale = from_tensors(local, layer_format)
+        weight, inputs = from_tensors(local, layer_format)
         dense[f"{stored}.weight"] = weight.dequantize()
-        if input_scale is not None:
-            dense[f"{stored}.weight"] *= input_scale.float()
+        if inputs.shift is not None:
+            bias = tensors[f"{stored}.bias"]
+            tensors[f"{stored}.bias"] = bias.float() + dense[f"{stored}.weight"] @ inputs.shift.float()
+        if inputs.scale is not None:
+            dense[f"{stored}.weight"] *= inputs.scale.float()
     save_file(dense | tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -220,11 +223,11 @@ def test_checkpoint_with_fused_experts(tiny, tmp_path):
 
 def test_a_save_that_reads_back_differently_is_an_error(tiny, tmp_path, monkeypatch):
     def wrong(*args):
-        tensors = to_tensors(*args)
+        tensors = weight_tensors(*args)
         tensors["weight_scale"] = tensors["weight_scale"].roll(1, 0)
         return tensors
 
-    monkeypatch.setattr("quantkit.blockwise.to_tensors", wrong)
+    monkeypatch.setattr("quantkit.blockwise.weight_tensors", wrong)
     with pytest.raises(quantkit.QuantkitError, match="saved block 0 answers the probe differently"):
         quantkit.quantize(str(tiny("llama")), output=tmp_path / "out", method="rtn", scheme="W4A16G32")
     assert not list(tmp_path.iterdir())

@@ -6,7 +6,7 @@ import pytest
 
 from quantkit.errors import RecipeError
 from quantkit.presets import expand, method_steps
-from quantkit.recipe import PER_CHANNEL, Recipe, Scheme, WeightScheme, build_recipe, load_recipe
+from quantkit.recipe import PER_CHANNEL, ActivationScheme, Recipe, Scheme, WeightScheme, build_recipe, load_recipe
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,72 @@ def test_nf4_and_kv_parts():
     assert Scheme.parse("W4A4KV4").name == "W4A4KV4GC"
 
 
-@pytest.mark.parametrize("text", ["", "W4B16", "4bit", "W9A16", "W1A16", "W4A16G48x", "W4A16G4", "WNF4ZA16G64"])
+@pytest.mark.parametrize(
+    ("text", "settings"),
+    [
+        ("W8A8", {}),
+        ("W6A6T", {"bits": 6, "granularity": "tensor"}),
+        ("W8A8TS", {"granularity": "tensor", "dynamic": False}),
+        ("W4A4Z", {"bits": 4, "symmetric": False}),
+        ("w6a6zts", {"bits": 6, "symmetric": False, "granularity": "tensor", "dynamic": False}),
+        ("W4ZA4ZTKV4G64", {"bits": 4, "symmetric": False, "granularity": "tensor"}),
+        ("W4A4B32G128", {"bits": 4, "granularity": "group", "group_size": 32}),
+        ("W4A4ZB8KV2", {"bits": 4, "symmetric": False, "granularity": "group", "group_size": 8}),
+    ],
+)
+def test_activation_parts(text, settings):
+    scheme = Scheme.parse(text)
+    assert scheme.activations == ActivationScheme(**settings)
+    assert Scheme.parse(scheme.name) == scheme
+
+
+@pytest.mark.parametrize(
+    ("activations", "problem"),
+    [
+        ({"granularity": "group"}, "group_size is missing; granularity: group needs a multiple of 8"),
+        ({"granularity": "group", "group_size": 12}, "group_size is 12; granularity: group needs a multiple of 8"),
+        ({"group_size": 32}, "group_size 32 has no meaning with granularity: token; leave it out"),
+        ({"dynamic": False}, "granularity token is always dynamic; for dynamic: false use tensor"),
+        ({"granularity": "group", "group_size": 32, "dynamic": False}, "granularity group is always dynamic"),
+        ({"granularity": "tensor", "quantile": 0.99}, "quantile 0.99 has no meaning with dynamic scales"),
+        ({"granularity": "tensor", "dynamic": False, "quantile": 0.5}, "quantile is 0.5; input should be greater than"),
+    ],
+)
+def test_activations_that_contradict_themselves(activations, problem):
+    with pytest.raises(RecipeError) as error:
+        build_recipe({"scheme": {"activations": activations}, "steps": ["rtn"]}, "r.yaml")
+    assert str(error.value).startswith("r.yaml: scheme.activations")
+    assert problem in str(error.value)
+
+
+def test_static_activations_round_trip_through_a_file(tmp_path):
+    activations = {"granularity": "tensor", "dynamic": False, "quantile": 0.995}
+    recipe = build_recipe({"scheme": {"weights": {"bits": 8}, "activations": activations}, "steps": ["rtn"]})
+    (tmp_path / "r.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "r.yaml") == recipe
+    assert recipe.scheme.name == "W8A8TSG128"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "W4B16",
+        "W8A16T",
+        "W8A16Z",
+        "W8AT",
+        "W8A8S",
+        "W8A8TSZ",
+        "W8A8B",
+        "W8A8B12",
+        "4bit",
+        "W9A16",
+        "W1A16",
+        "W4A16G48x",
+        "W4A16G4",
+        "WNF4ZA16G64",
+    ],
+)
 def test_unreadable_schemes_are_named(text):
     with pytest.raises(RecipeError, match="scheme"):
         Scheme.parse(text)

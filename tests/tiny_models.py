@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
-    AutoModelForCausalLM,
+    AutoConfig,
+    BertConfig,
     BloomConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -68,8 +70,16 @@ TINY: dict[str, Callable[..., PreTrainedConfig]] = {
         Qwen3MoeConfig, num_key_value_heads=2, intermediate_size=80, moe_intermediate_size=24, num_experts=6,
         num_experts_per_tok=3, head_dim=32, norm_topk_prob=True,
     ),
+    "bert": _maker(BertConfig, intermediate_size=104, architectures=["BertForMaskedLM"]),
+    "bert_classifier": _maker(
+        BertConfig, intermediate_size=88, num_labels=5, architectures=["BertForSequenceClassification"]
+    ),
 }  # fmt: skip
 """Name -> function that makes the configuration; keyword arguments change single settings."""
+
+
+CAUSAL = tuple(name for name in TINY if not name.startswith("bert"))
+"""The models that predict the next token."""
 
 
 def randomise(model: PreTrainedModel, seed: int = 0) -> None:
@@ -87,10 +97,18 @@ def randomise(model: PreTrainedModel, seed: int = 0) -> None:
 
 
 def make_tiny(config: PreTrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """A random model of ``config`` in eval mode."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    """A random model of ``config`` in eval mode; a causal language model unless the configuration says otherwise."""
+    names = config.architectures
+    maker = getattr(transformers, names[0])._from_config if names else transformers.AutoModelForCausalLM.from_config
+    model: PreTrainedModel = maker(config, dtype=dtype)
     randomise(model, seed)
     return model.eval()
+
+
+def load_tiny(folder: Path, **settings: Any) -> Any:
+    """What ``from_pretrained`` of the class that the model in ``folder`` was saved as returns."""
+    (name,) = AutoConfig.from_pretrained(folder).architectures
+    return getattr(transformers, name).from_pretrained(folder, **settings)
 
 
 def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:

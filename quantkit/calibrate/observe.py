@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +59,7 @@ def observe(
     skip_first: int = 0,
     seed: int = 0,
     outputs: Mapping[StreamName, HiddenStates] | None = None,
+    reference: nn.Module | None = None,
 ) -> BlockStatistics:
     """Run ``module`` as the current block on every batch of ``stream`` and collect what enters the modules ``names``.
 
@@ -77,6 +79,7 @@ def observe(
             see: the first token often draws activations like none behind it.
         seed: of the sample of rows.
         outputs: stream name -> store from ``Streams.new_states`` that gets what the block makes of this stream.
+        reference: the block for the float stream, where that is another module: its inputs are not rounded.
     """
     outputs = outputs or {}
     cross = "cross" in want
@@ -92,12 +95,19 @@ def observe(
         return first_read[name]
 
     # Not in inference mode: what is collected in it could not be worked on outside.
-    with torch.inference_mode(False), torch.no_grad(), _Hooks(module, names, experts or ExpertNames()) as hooks:
+    with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+        hooks = stack.enter_context(_Hooks(module, names, experts or ExpertNames()))
+        float_hooks = hooks
+        if reference is not None:
+            float_hooks = stack.enter_context(_Hooks(reference, names, experts or ExpertNames()))
         for number in range(streams.batches):
-            batch = _Batch(streams, number, skip_first, generator, statistics, nonfinite)
+            batch = _Batch(streams, number, skip_first, generator, statistics, nonfinite, float_hooks.first_reader)
             for name in passes:
-                hooks.report_to(batch.collect if name == stream else batch.remember if cross else None)
-                hidden = streams.run(name, number, module)
+                of_float = name == "float"
+                (float_hooks if of_float else hooks).report_to(
+                    batch.collect if name == stream else batch.remember if cross else None
+                )
+                hidden = streams.run(name, number, reference if of_float and reference is not None else module)
                 if name in outputs:
                     outputs[name].replace(number, hidden)
         inputs = {}
@@ -118,6 +128,7 @@ class _Batch:
         generator: torch.Generator,
         statistics: Callable[[str, int], InputStatistics],
         nonfinite: dict[str, set[int]],
+        float_reader: Mapping[str, str],
     ) -> None:
         mask = streams.token_mask(number)  # [batch, tokens]
         self._counts = mask.flatten()
@@ -128,6 +139,7 @@ class _Batch:
         self._statistics = statistics
         self._nonfinite = nonfinite
         self._float: dict[str, tuple[Tensor, Tensor]] = {}
+        self._float_reader = float_reader
 
     def remember(self, path: str, x: Tensor, tokens: Tensor | None) -> None:
         """Keep an input of the float stream until the observed stream's comes."""
@@ -165,6 +177,7 @@ class _Batch:
 
     def _drift(self, path: str, x: Tensor, tokens: Tensor) -> Tensor:
         """x_float - x for the same tokens; 0 where the float stream's token did not come here."""
+        path = self._float_reader.get(path, path)
         if path not in self._float:
             return torch.zeros_like(x)
         reference, reference_tokens = self._float[path]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from quantkit.calibrate.data import token_windows
+from quantkit.calibrate.hidden import HiddenStates
 from quantkit.calibrate.observe import BlockStatistics, observe
-from quantkit.calibrate.streams import Streams
+from quantkit.calibrate.replay import Call, Replay, owner_of
+from quantkit.calibrate.statistics import Want
+from quantkit.calibrate.streams import StreamName, Streams
 from quantkit.errors import QuantkitError
+from quantkit.layers.quant_experts import split_experts
+from quantkit.models.block import Site
 from quantkit.models.checkpoint import Checkpoint
 from quantkit.models.skeleton import Skeleton
 from quantkit.models.stream import BlockStream
@@ -31,7 +36,6 @@ class Session:
     def __init__(self, plan: Plan, skeleton: Skeleton, checkpoint: Checkpoint, warn: Callable[[str], None]) -> None:
         assert plan.calibration is not None
         self._settings = plan.calibration
-        self._want: Any = {kind for step in (*plan.transforms, plan.rounding) for kind in step.method.statistics}
         self._experts = skeleton.expert_names
         windows = token_windows(
             self._settings,
@@ -40,21 +44,120 @@ class Session:
             load_model=lambda: _float_model(plan, skeleton),
         )
         stream = BlockStream(skeleton, checkpoint, torch.float32)
-        self._streams = Streams(stream, windows, batch_size=self._settings.batch_size, warn=warn)
+        self.streams = Streams(
+            stream,
+            windows,
+            names=plan.streams,
+            batch_size=self._settings.batch_size,
+            max_bytes=_share(self._settings.max_memory_bytes, len(plan.streams)),
+            warn=warn,
+        )
+        self.carries_float = "float" in plan.streams
 
-    def observe(self, module: nn.Module, names: list[str]) -> BlockStatistics:
-        """Statistics of what enters the linears ``names`` when ``module`` is the current block."""
-        return observe(self._streams, module, names, self._want, experts=self._experts, seed=self._settings.seed)
+    def observe(
+        self, module: nn.Module, names: Collection[str], want: Collection[Want], reference: nn.Module | None = None
+    ) -> BlockStatistics:
+        """Statistics of what enters the modules ``names`` when ``module`` is the current block.
 
-    def advance(self, module: nn.Module) -> None:
-        """Take the samples through ``module``, the current block as it is stored."""
-        self._streams.advance({"quantised": module})
+        Args:
+            reference: what the float stream goes through for ``cross``; None: ``module``.
+        """
+        return observe(
+            self.streams,
+            module,
+            names,
+            want,
+            experts=self._experts,
+            seed=self._settings.seed,
+            skip_first=1 if self.streams.tokens > 1 else 0,
+            reference=reference,
+        )
+
+    def outputs(self, module: nn.Module, stream: StreamName = "quantised") -> HiddenStates:
+        """What ``module`` as the current block makes of a stream, which stays where it is."""
+        states = self.streams.new_states()
+        for number in range(self.streams.batches):
+            states.replace(number, self.streams.run(stream, number, module))
+        return states
+
+    def replays(self, module: nn.Module, linears: Collection[str]) -> Callable[[Site, int], Replay]:
+        """A function that gives the ``Replay`` of a site of ``module``, the current block, on about so many tokens.
+
+        Args:
+            module: its merged experts are taken apart if one of them is in ``linears``.
+            linears: paths that are going to be replaced.
+        """
+        split_experts(module, linears, self._experts)
+
+        def replay(site: Site, tokens: int) -> Replay:
+            path = site.consumers[0] if site.kind == "linear" else owner_of(site) or site.consumers[0]
+            return Replay(module.get_submodule(path), f"{path}.", self._record(module, path, tokens))
+
+        return replay
+
+    def _record(self, module: nn.Module, path: str, tokens: int) -> list[Call]:
+        """The calls of ``path`` for the first samples, as many as make ``tokens`` tokens, whatever the batch size."""
+        calls: list[Call] = []
+        wanted = -(-tokens // self.streams.tokens)
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x: Tensor = args[0] if args else next(iter(kwargs.values()))
+            if x.shape[:2] != mask.shape:  # of an expert: the rows that were routed to it
+                calls.append(Call(args, kwargs, None))
+                return
+            first = min(len(mask), wanted - start)
+            counts = mask[:first]
+            if first < len(mask) != mask.shape[1]:
+                args, kwargs = _first(args, first, len(mask)), _first(kwargs, first, len(mask))
+            elif first < len(mask):  # which dimension is the batch cannot be told
+                counts = torch.cat((counts, torch.zeros_like(mask[first:])))
+            calls.append(Call(args, kwargs, None if bool(counts.all()) else counts))
+
+        handle = module.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            with torch.inference_mode(False):
+                for number in range(self.streams.batches):
+                    mask, start = self.streams.token_mask(number), self.streams.samples(number).start
+                    if start >= wanted:
+                        break
+                    self.streams.run("quantised", number, module)
+        finally:
+            handle.remove()
+        return calls
+
+    def advance(self, module: nn.Module, float_states: HiddenStates | None) -> None:
+        """Take the samples behind the current block.
+
+        Args:
+            module: the block as it is stored.
+            float_states: what the block as it came makes of the float stream, if that is carried.
+        """
+        outputs: dict[StreamName, nn.Module | HiddenStates] = {"quantised": module}
+        if float_states is not None:
+            outputs["float"] = float_states
+        self.streams.advance(outputs)
 
     def __enter__(self) -> Session:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._streams.close()
+        self.streams.close()
+
+
+def _share(max_bytes: int | None, streams: int) -> int | None:
+    """Bytes for one store: every stream has one, and another one while it is taken through a block."""
+    return None if max_bytes is None else max_bytes // (streams + 1)
+
+
+def _first(value: Any, rows: int, batch: int) -> Any:
+    """``value`` (arguments of a module) for the first ``rows`` samples of a batch of ``batch``."""
+    if isinstance(value, Tensor):
+        return value[:rows] if value.dim() and value.shape[0] == batch else value
+    if isinstance(value, dict):
+        return {key: _first(part, rows, batch) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_first(part, rows, batch) for part in value)
+    return value
 
 
 def _tokenizer(plan: Plan, skeleton: Skeleton) -> Any:

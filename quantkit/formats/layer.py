@@ -7,9 +7,15 @@ tensors in the native format), for a weight [O, I] with b bits and groups of G c
     weight_scale         model dtype  [O, groups]                      groups = ceil(I / G), or 1 per channel
     weight_shape         int64        [2]                              O, I
     weight_zero_point    int32        [ceil(O * b / 32), groups]       only when not symmetric; packed along O
-    input_scale_vector   model dtype  [I]                              only with ``input_scale``: x * vector comes first
 
 ``int8`` storage (compressed-tensors ``int-quantized``): ``weight`` int8 [O, I], signed, and ``weight_scale``.
+
+Either comes with what is done to the input at run time, in this order:
+
+    input_scale_vector   model dtype  [I]                              only with ``input_scale``: x * vector
+    input_shift_vector   model dtype  [I]                              only with ``input_shift``: then + vector
+    input_scale          model dtype  [1]                              only with static activations: the rounding's step
+    input_zero_point     int8         [1]                              only when those are not symmetric; signed
 
 A zero point is stored as the unsigned number it is. compressed-tensors stores signed zero points shifted by
 2**(b-1), which puts the same bits into the words.
@@ -18,6 +24,7 @@ A zero point is stored as the unsigned number it is. compressed-tensors stores s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -39,6 +46,7 @@ class LayerFormat(BaseModel):
     input_scale: bool = Field(
         default=False, description="the input is first multiplied by a stored vector [in_features]"
     )
+    input_shift: bool = Field(default=False, description="a stored vector [in_features] is added to the (scaled) input")
     storage: Literal["packed", "int8"] = Field(
         default="packed", description="left out: int8 for symmetric 8-bit weights with 8-bit activations, else packed"
     )
@@ -59,13 +67,38 @@ class LayerFormat(BaseModel):
         return self
 
     def describe(self) -> str:
-        """``W4SA16G64``; `` x t`` behind it where the input is scaled first."""
-        return Scheme(weights=self.weights, activations=self.activations).name + (" x t" if self.input_scale else "")
+        """``W4SA16G64``; `` x t`` and `` + s`` behind it where the input is first scaled, shifted."""
+        name = Scheme(weights=self.weights, activations=self.activations).name
+        return name + " x t" * self.input_scale + " + s" * self.input_shift
 
     def groups(self, in_features: int) -> int:
         """Scales per output row."""
         size = self.weights.group_size
         return 1 if size == PER_CHANNEL else -(-in_features // size)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerInputs:
+    """What is done to the input of a linear at run time before it meets the weight, and is stored with it:
+
+    round(x * scale + shift)        round: to the grid of the layer's ``ActivationScheme``
+    """
+
+    scale: Tensor | None = None
+    """[in_features] in the model dtype."""
+    shift: Tensor | None = None
+    """[in_features] in the model dtype."""
+    static_scale: Tensor | None = None
+    """[1] in the model dtype: step of the grid; None: from the data at hand (or not calibrated yet)."""
+    static_zero_point: Tensor | None = None
+    """[1] int8, the code of 0, signed; None: symmetric, or no ``static_scale``."""
+
+
+_STORED_AS = {
+    "scale": "input_scale_vector", "shift": "input_shift_vector",
+    "static_scale": "input_scale", "static_zero_point": "input_zero_point",
+}  # fmt: skip
+"""Field of ``LayerInputs`` -> suffix of its tensor in a checkpoint."""
 
 
 def tensor_specs(
@@ -87,8 +120,22 @@ def tensor_specs(
         specs["weight_shape"] = (2,), torch.int64
     if not layer.weights.symmetric:
         specs["weight_zero_point"] = (words_per_row(out_features, bits), groups), torch.int32
+    return specs | _input_specs(layer, in_features, dtype)
+
+
+def _input_specs(
+    layer: LayerFormat, in_features: int, dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The part of ``tensor_specs`` that ``LayerInputs`` holds."""
+    specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     if layer.input_scale:
         specs["input_scale_vector"] = (in_features,), dtype
+    if layer.input_shift:
+        specs["input_shift_vector"] = (in_features,), dtype
+    if layer.activations and not layer.activations.dynamic:
+        specs["input_scale"] = (1,), dtype
+        if not layer.activations.symmetric:
+            specs["input_zero_point"] = (1,), torch.int8
     return specs
 
 
@@ -98,24 +145,27 @@ def stored_bytes(layer: LayerFormat, out_features: int, in_features: int, dtype:
     return sum(torch.Size(shape).numel() * stored.itemsize for shape, stored in specs)
 
 
-def to_tensors(qw: QuantizedWeight, layer: LayerFormat, input_scale: Tensor | None = None) -> dict[str, Tensor]:
+def to_tensors(qw: QuantizedWeight, layer: LayerFormat, inputs: LayerInputs = LayerInputs()) -> dict[str, Tensor]:
     """The tensors to store, by suffix.
 
     Args:
         qw: codes, scales and zero points that match ``layer``.
-        input_scale: [in_features], exactly when ``layer.input_scale``; stored in the dtype of the scales.
+        inputs: exactly what ``layer`` says is stored; floats are stored in the dtype of the scales.
 
     Raises:
         ValueError: the arguments contradict each other (a bug of the caller).
     """
+    return weight_tensors(qw, layer) | input_tensors(inputs, layer, qw.codes.shape[1], qw.scale.dtype)
+
+
+def weight_tensors(qw: QuantizedWeight, layer: LayerFormat) -> dict[str, Tensor]:
+    """The part of ``to_tensors`` that holds the weight."""
     symmetric = qw.zero_point is None
     weights = layer.weights
     if (qw.bits, qw.group_size, qw.levels, symmetric) != (
         weights.bits, weights.group_size, weights.levels, weights.symmetric,
     ):  # fmt: skip
         raise ValueError(f"the weight was quantised differently from what its format says: {weights}")
-    if layer.input_scale != (input_scale is not None):
-        raise ValueError(f"input_scale is {'missing' if layer.input_scale else 'not part of the format'}")
     tensors: dict[str, Tensor] = {}
     if layer.storage == "int8":
         tensors["weight"] = signed_from_codes(qw.codes)
@@ -126,13 +176,20 @@ def to_tensors(qw: QuantizedWeight, layer: LayerFormat, input_scale: Tensor | No
         tensors["weight_shape"] = torch.tensor(qw.codes.shape, dtype=torch.int64)
     if qw.zero_point is not None:
         tensors["weight_zero_point"] = pack_zero_points(qw.zero_point, qw.bits)
-    if input_scale is not None:
-        tensors["input_scale_vector"] = input_scale.to(qw.scale.dtype)
     return tensors
 
 
-def from_tensors(tensors: Mapping[str, Tensor], layer: LayerFormat) -> tuple[QuantizedWeight, Tensor | None]:
-    """Inverse of ``to_tensors``: (codes and scales, input scale or None)."""
+def input_tensors(inputs: LayerInputs, layer: LayerFormat, in_features: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The part of ``to_tensors`` that is done to the input; ``dtype``: of the scales."""
+    given = {suffix: getattr(inputs, name) for name, suffix in _STORED_AS.items() if getattr(inputs, name) is not None}
+    specs = _input_specs(layer, in_features, dtype)
+    for suffix in given.keys() ^ specs.keys():
+        raise ValueError(f"{suffix} is {'missing' if suffix in specs else 'not part of the format'}")
+    return {suffix: given[suffix].to(stored).reshape(shape) for suffix, (shape, stored) in specs.items()}
+
+
+def from_tensors(tensors: Mapping[str, Tensor], layer: LayerFormat) -> tuple[QuantizedWeight, LayerInputs]:
+    """Inverse of ``to_tensors``: (codes and scales, what is done to the input)."""
     bits = layer.weights.bits
     if layer.storage == "int8":
         codes = codes_from_signed(tensors["weight"])
@@ -149,7 +206,13 @@ def from_tensors(tensors: Mapping[str, Tensor], layer: LayerFormat) -> tuple[Qua
         group_size=layer.weights.group_size,
         levels=layer.weights.levels,
     )
-    return weight, tensors["input_scale_vector"] if layer.input_scale else None
+    return weight, inputs_from_tensors(tensors, layer)
+
+
+def inputs_from_tensors(tensors: Mapping[str, Tensor | None], layer: LayerFormat) -> LayerInputs:
+    """What is done to the input, out of the tensors of a linear by suffix."""
+    stored = _input_specs(layer, 0, torch.float32)
+    return LayerInputs(**{name: tensors[suffix] for name, suffix in _STORED_AS.items() if suffix in stored})
 
 
 def signed_from_codes(codes: Tensor) -> Tensor:

@@ -43,22 +43,35 @@ def portable_reason(formats: Mapping[str, LayerFormat], shapes: Mapping[str, tup
 
 
 def _obstacle(layer: LayerFormat, in_features: int) -> str | None:
-    weights, activations = layer.weights, layer.activations
+    weights = layer.weights
     if weights.levels != "uniform":
         return f"is stored in {weights.levels} levels, which have no compressed-tensors form"
     if layer.input_scale:
         return "multiplies its input by a stored vector, which has no compressed-tensors form"
+    if layer.input_shift:
+        return "adds a stored vector to its input, which has no compressed-tensors form"
     if weights.bits not in _PORTABLE_BITS:
         return f"has {weights.bits}-bit codes, and versions of compressed-tensors differ on all but 2, 4 and 8 bits"
     if not weights.symmetric:
         return "has zero points, which compressed-tensors 0.18 and later fail to load"
     if weights.group_size != PER_CHANNEL and in_features % weights.group_size:
         return f"has {in_features} input columns, no multiple of the group size {weights.group_size}"
-    if activations and not activations.dynamic:
-        return "has static activation scales, which quantkit stores in no compressed-tensors form"
-    if activations and activations.granularity == "tensor":
+    return _activations_obstacle(layer)
+
+
+def _activations_obstacle(layer: LayerFormat) -> str | None:
+    activations = layer.activations
+    if activations is None:
+        return None
+    if activations.granularity == "group":
+        return "quantises activations in groups of channels, which vLLM does not run"
+    if not activations.dynamic:
+        if layer.storage != "int8" or layer.weights.group_size != PER_CHANNEL or activations.bits != 8:
+            return "has static activation scales, which vLLM runs only with 8-bit weights per channel (W8A8TS)"
+        return None
+    if activations.granularity == "tensor":
         return "quantises activations dynamically per tensor, which vLLM does not run"
-    if activations and not activations.symmetric:
+    if not activations.symmetric:
         return "quantises activations with a zero point, which vLLM does not run dynamically"
     return None
 
@@ -127,7 +140,7 @@ def _group(layer: LayerFormat, targets: list[str]) -> dict[str, Any]:
             "type": "int",
             "symmetric": layer.activations.symmetric,
             "strategy": layer.activations.granularity,
-            "dynamic": True,
+            "dynamic": layer.activations.dynamic,
         }
     return {
         "targets": targets,
@@ -224,17 +237,19 @@ def _read_activations(inputs: Mapping[str, Any] | None, where: str) -> Activatio
         return None
     if inputs.get("type", "int") != "int":
         raise _cannot_read(f"{where}.type", inputs["type"], "int")
-    if inputs.get("dynamic") is not True:
-        raise _cannot_read(f"{where}.dynamic", inputs.get("dynamic"), "true")
+    dynamic = inputs.get("dynamic", False)
+    if not isinstance(dynamic, bool):
+        raise _cannot_read(f"{where}.dynamic", dynamic, "true or false")
     strategy = inputs.get("strategy") or "tensor"
-    if strategy not in ("token", "tensor"):
-        raise _cannot_read(f"{where}.strategy", strategy, "token or tensor")
+    allowed = ("token", "tensor") if dynamic else ("tensor",)
+    if strategy not in allowed:
+        raise _cannot_read(f"{where}.strategy", strategy, " or ".join(allowed))
     try:
         return ActivationScheme(
             bits=inputs.get("num_bits", 8),
             symmetric=inputs.get("symmetric", True),
             granularity="token" if strategy == "token" else "tensor",
-            dynamic=True,
+            dynamic=dynamic,
         )
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]

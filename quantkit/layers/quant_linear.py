@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from quantkit.formats.layer import LayerFormat, tensor_specs
+from quantkit.formats.layer import LayerFormat, LayerInputs, inputs_from_tensors, tensor_specs
 from quantkit.kernels import dispatch, reference
+from quantkit.recipe import ActivationScheme
 
 
 class QuantLinear(nn.Module):
@@ -28,7 +29,6 @@ class QuantLinear(nn.Module):
     weight_scale: Tensor
     weight_shape: Tensor
     weight_zero_point: Tensor
-    input_scale_vector: Tensor
     bias: Tensor | None
 
     def __init__(
@@ -51,6 +51,11 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return dispatch.linear(x, self)
 
+    @property
+    def inputs(self) -> LayerInputs:
+        """What is done to the input first, as it is stored."""
+        return inputs_from_tensors(self._buffers, self.format)
+
     def dequantize(self) -> Tensor:
         """The weight [out_features, in_features] in the dtype of the scales, without the input scale."""
         dense = torch.empty(
@@ -66,5 +71,11 @@ class QuantLinear(nn.Module):
         text = f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {kind}"
         text += f", group_size={weights.group_size}, symmetric={weights.symmetric}"
         if self.format.activations:
-            text += f", activations={self.format.activations.bits} bits per {self.format.activations.granularity}"
-        return text + (", input_scale" if self.format.input_scale else "")
+            text += f", activations={_describe(self.format.activations)}"
+        return text + ", input_scale" * self.format.input_scale + ", input_shift" * self.format.input_shift
+
+
+def _describe(activations: ActivationScheme) -> str:
+    shared = f"group of {activations.group_size}" if activations.granularity == "group" else activations.granularity
+    kind = ("" if activations.dynamic else "static ") + ("" if activations.symmetric else "asymmetric ")
+    return f"{kind}{activations.bits} bits per {shared}"

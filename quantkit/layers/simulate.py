@@ -1,4 +1,4 @@
-"""A dense block that computes what the packed one will where activations are quantised.
+"""A dense block that computes what the packed one will.
 
 Dense weights decoded from the codes stand in for the packed ones; what is left to imitate is what happens to the input
 of a linear. It is done by the function that the packed layers use, so that both round alike.
@@ -6,35 +6,81 @@ of a linear. It is done by the function that the packed layers use, so that both
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from quantkit.kernels.reference import fake_quantize
+from quantkit.formats.layer import LayerFormat, LayerInputs
+from quantkit.kernels.reference import transform_input
 from quantkit.layers.quant_experts import ExpertNames, split_experts
 from quantkit.recipe import ActivationScheme
 
 
 def simulate_inputs(
-    block: nn.Module, activations: ActivationScheme, input_scales: Mapping[str, Tensor | None], experts: ExpertNames
+    block: nn.Module, formats: Mapping[str, LayerFormat], inputs: Mapping[str, LayerInputs], experts: ExpertNames
 ) -> None:
-    """Make the linears of ``block`` scale and round their input, in place.
+    """Make linears of ``block`` scale, shift and round their input, in place.
+
+    Linears that do the same to the same tensor (q, k and v) get one tensor, the same object: whoever hooks them later
+    sees that they share their input.
 
     Args:
-        block: dense, its weights those of the codes (input scales not multiplied in).
-        activations: how inputs are rounded.
-        input_scales: path of each quantised linear -> [in_features] or None.
-        experts: what the projections of an expert are called in ``input_scales``.
+        block: dense; the weights are those that meet the changed input.
+        formats: path of each linear -> how its input is rounded; one that neither rounds it nor has ``inputs`` stays
+            as it is. Static activations without a ``static_scale`` are rounded over the range at hand.
+        inputs: path -> what else is done; left out: nothing.
+        experts: what the projections of an expert are called in ``formats``.
     """
-    split_experts(block, input_scales, experts)
-    for name, scale in input_scales.items():
-        block.get_submodule(name).register_forward_pre_hook(_rounding(activations, scale))
+    changes = {name: (layer.activations, inputs.get(name, LayerInputs())) for name, layer in formats.items()}
+    keys = {name: _key(*change) for name, change in changes.items()}
+    wanted = [name for name, key in keys.items() if any(part is not None for part in key)]
+    split_experts(block, wanted, experts)
+    shared: dict[Any, _SharedInput] = {}
+    for name in wanted:
+        hook = shared.setdefault(keys[name], _SharedInput(*changes[name]))
+        block.get_submodule(name).register_forward_pre_hook(hook)
 
 
-def _rounding(activations: ActivationScheme, scale: Tensor | None) -> Any:
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = args[0] if scale is None else args[0] * scale.to(args[0].dtype)
-        return (fake_quantize(x, activations), *args[1:])
+def _key(activations: ActivationScheme | None, inputs: LayerInputs) -> tuple[Any, ...]:
+    """Equal where the same is done to an input; None for everything that is not done."""
+    tensors = (inputs.scale, inputs.shift, inputs.static_scale, inputs.static_zero_point)
+    return activations, *(None if t is None else (t.dtype, _bytes(t)) for t in tensors)
 
-    return hook
+
+def _bytes(tensor: Tensor) -> bytes:
+    raw: bytes = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return raw
+
+
+class _SharedInput:
+    """A pre-hook for all linears that do the same to their input; remembers what it made of the last one."""
+
+    def __init__(self, activations: ActivationScheme | None, inputs: LayerInputs) -> None:
+        self._activations = activations
+        # Not inference tensors: tuning takes gradients through what they are multiplied with.
+        with torch.inference_mode(False):
+            self._inputs = LayerInputs(**{name: t if t is None else t.clone() for name, t in vars(inputs).items()})
+        self._input: weakref.ref[Tensor] | None = None
+        self._version = 0
+        self._changed: Tensor | None = None
+
+    def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0]
+        changed = self._changed
+        if changed is None or self._input is None or self._input() is not x or self._version != _version(x):
+            changed = self._changed = transform_input(x, self._inputs, self._activations)
+            # What was made of a tensor lives no longer than the tensor: a block holds no more than it would anyway.
+            self._input, self._version = weakref.ref(x, self._forget), _version(x)
+        return (changed, *args[1:])
+
+    def _forget(self, gone: weakref.ref[Tensor]) -> None:
+        if gone is self._input:
+            self._input = self._changed = None
+
+
+def _version(x: Tensor) -> int:
+    """Grows when ``x`` is written to; inference tensors do not count."""
+    return 0 if x.is_inference() else x._version

@@ -8,14 +8,17 @@ mixture, shared experts) is left out there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from quantkit.models.block import Site
+from quantkit.models.block import QueryKey, Site
+
+Rows = Literal["all", "qkv", "heads_qkv", "gate_up"]
+"""What the rows of a projection are: one thing; [q | k | v]; [heads, 3, head_dim]; [gate | up]."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class NormGroup:
     """A norm and every module that reads its output."""
 
     site: str
-    norm: str
+    norm: str | None
+    """None: the residual reads the norm's output, too, so nothing can be folded into it."""
     consumers: tuple[str, ...]
 
 
@@ -34,16 +38,29 @@ class Link:
     site: str
     producer: str
     consumer: str
-    rows: Literal["all", "qkv", "heads_qkv", "gate_up"] = "all"
-    """Where the signal lies in the producer's rows: all of them; v in [q | k | v]; v in [heads, 3, head_dim]; the
-    second half."""
+    rows: Rows = "all"
     heads: bool = False
     """v -> o: each key/value head is read by ``repeats`` query heads."""
 
 
 @dataclass(frozen=True)
+class Attention:
+    """Where the queries and keys of a block are made."""
+
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    query_norm: str = "self_attn.q_norm"
+    """A norm over head_dim, where the block has it."""
+    key_norm: str = "self_attn.k_norm"
+    rows: Rows = "all"
+    rotary: Literal["none", "whole", "partial"] = "whole"
+    """Rotary embedding that turns channels i and i + dim / 2 into each other; partial: dim is the configuration's share
+    of head_dim."""
+
+
+@dataclass(frozen=True)
 class Condition:
-    """``sites`` exist only where the configuration's ``key`` is ``value``."""
+    """``sites`` can be folded only where the configuration's ``key`` is ``value``."""
 
     sites: tuple[str, ...]
     key: str
@@ -69,6 +86,7 @@ class Architecture:
     blocks: str
     norm_groups: tuple[NormGroup, ...]
     links: tuple[Link, ...] = ()
+    attention: Attention = Attention()
     conditions: tuple[Condition, ...] = ()
     experts: Experts | None = None
     norm_offset: float = 0.0
@@ -109,6 +127,7 @@ PHI3 = Architecture(
         Link("attention.value", "self_attn.qkv_proj", "self_attn.o_proj", rows="qkv", heads=True),
         Link("mlp.hidden", "mlp.gate_up_proj", "mlp.down_proj", rows="gate_up"),
     ),
+    attention=Attention("self_attn.qkv_proj", "self_attn.qkv_proj", rows="qkv", rotary="partial"),
 )
 
 OPT = Architecture(
@@ -121,6 +140,7 @@ OPT = Architecture(
         Link("attention.value", "self_attn.v_proj", "self_attn.out_proj", heads=True),
         Link("mlp.hidden", "fc1", "fc2"),
     ),
+    attention=Attention(rotary="none"),
     conditions=(
         Condition(
             ("attention.input", "mlp.input"), "do_layer_norm_before", True, "the norm stands behind the residual sum"
@@ -139,6 +159,9 @@ BLOOM = Architecture(
     links=(  # none into the MLP's second linear: GELU does not commute with a scale
         Link("attention.value", "self_attention.query_key_value", "self_attention.dense", rows="heads_qkv", heads=True),
     ),
+    attention=Attention(
+        "self_attention.query_key_value", "self_attention.query_key_value", rows="heads_qkv", rotary="none"
+    ),
     conditions=(
         Condition(
             ("attention.input", "mlp.input"), "apply_residual_connection_post_layernorm", False,
@@ -154,6 +177,7 @@ GPT_NEOX = Architecture(
         NormGroup("mlp.input", "post_attention_layernorm", ("mlp.dense_h_to_4h",)),
     ),
     links=(Link("attention.value", "attention.query_key_value", "attention.dense", rows="heads_qkv", heads=True),),
+    attention=Attention("attention.query_key_value", "attention.query_key_value", rows="heads_qkv", rotary="partial"),
 )
 
 MIXTRAL = Architecture(
@@ -190,6 +214,16 @@ QWEN_MOE = Architecture(
     never_quantised=("mlp.shared_expert_gate",),  # one output row that decides about a whole expert
 )  # fmt: skip
 
+BERT = Architecture(
+    blocks="bert.encoder.layer",
+    norm_groups=(
+        NormGroup("attention.input", None, ("attention.self.query", "attention.self.key", "attention.self.value")),
+        NormGroup("mlp.input", None, ("intermediate.dense",)),
+    ),
+    links=(Link("attention.value", "attention.self.value", "attention.output.dense", heads=True),),
+    attention=Attention("attention.self.query", "attention.self.key", rotary="none"),
+)
+
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": LLAMA,
@@ -204,6 +238,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "MixtralForCausalLM": MIXTRAL,
     "Qwen2MoeForCausalLM": QWEN_MOE,
     "Qwen3MoeForCausalLM": QWEN_MOE,
+    "BertForMaskedLM": BERT,
+    "BertForSequenceClassification": BERT,
 }
 """transformers class name -> table."""
 
@@ -225,6 +261,9 @@ def expert_shapes(arch: Architecture, block: nn.Module) -> dict[str, tuple[int, 
 def sites(arch: Architecture, config: Any, block: nn.Module) -> tuple[Site, ...]:
     """The sites of one block.
 
+    Where the configuration or the table rules a fold into a norm out, the norm's consumers are a site of kind none; a
+    link that is ruled out is left out.
+
     Args:
         arch: the family's table.
         config: the model's (text) configuration.
@@ -238,7 +277,9 @@ def sites(arch: Architecture, config: Any, block: nn.Module) -> tuple[Site, ...]
     found = []
     for group in arch.norm_groups:
         consumers = tuple(path for pattern in group.consumers for path in _expand(pattern, count) if path in present)
-        if group.site not in refused:
+        if group.norm is None or group.site in refused:
+            found.append(Site(group.site, "none", "", consumers))
+        else:
             found.append(Site(group.site, "norm", group.norm, consumers, norm_offset=arch.norm_offset))
     for link in arch.links:
         if link.site in refused:
@@ -251,13 +292,32 @@ def sites(arch: Architecture, config: Any, block: nn.Module) -> tuple[Site, ...]
                 continue
             head_dim, repeats = _heads(config) if link.heads else (0, 1)
             width = shapes[consumer][1] // repeats
-            rows = _ROWS[link.rows](shapes[producer][0], width, head_dim)
+            rows = _rows(link.rows, "value", shapes[producer][0], width, head_dim)
             found.append(Site(name, "linear", producer, (consumer,), rows, repeats=repeats, head_dim=head_dim))
     return tuple(found)
 
 
+def query_key(arch: Architecture, config: Any, block: nn.Module) -> QueryKey:
+    """Where the queries and keys of one block can be scaled; arguments as for ``sites``."""
+    attention = arch.attention
+    modules = dict(block.named_modules())
+    head_dim, repeats = _heads(config)
+    tie = _rotary_tie(attention, config, head_dim)
+    if attention.query_norm in modules:
+        return QueryKey("norm", attention.query_norm, attention.key_norm, tie, head_dim, norm_offset=arch.norm_offset)
+    heads = config.num_attention_heads // repeats
+    rows = int(modules[attention.key].weight.shape[0])
+    query_rows, key_rows = (_rows(attention.rows, part, rows, heads * head_dim, head_dim) for part in ("query", "key"))
+    per_head = int(tie.max()) + 1
+    ties = (torch.arange(heads)[:, None] * per_head + tie).flatten()
+    return QueryKey("linear", attention.query, attention.key, ties, head_dim, repeats, query_rows, key_rows)
+
+
 def refusals(arch: Architecture, config: Any) -> Iterator[tuple[str, str]]:
-    """(site, reason) of every site of the table that this configuration rules out."""
+    """(site, reason) of every site of the table that cannot be folded, in general or with this configuration."""
+    for group in arch.norm_groups:
+        if group.norm is None:
+            yield group.site, "the residual reads the norm's output, too"
     for condition in arch.conditions:
         if getattr(config, condition.key) != condition.value:
             yield from ((site, condition.why) for site in condition.sites)
@@ -274,10 +334,25 @@ def _heads(config: Any) -> tuple[int, int]:
     return head_dim, heads // (getattr(config, "num_key_value_heads", None) or heads)
 
 
-_ROWS: dict[str, Callable[[int, int, int], Tensor | None]] = {
-    # (producer's rows, signal width, head_dim) -> indices [signal width]
-    "all": lambda rows, width, head_dim: None,
-    "qkv": lambda rows, width, head_dim: torch.arange(rows - width, rows),
-    "heads_qkv": lambda rows, width, head_dim: torch.arange(rows).view(-1, 3, head_dim)[:, 2].flatten(),
-    "gate_up": lambda rows, width, head_dim: torch.arange(width, rows),
-}
+def _rows(layout: Rows, part: Literal["query", "key", "value"], rows: int, width: int, head_dim: int) -> Tensor | None:
+    """Which of the ``rows`` of a projection make ``part``, or in [gate | up] the up half; None: all of them.
+
+    Args:
+        width: of the keys, the values, or the up half.
+        head_dim: for [heads, 3, head_dim].
+    """
+    number = ("query", "key", "value").index(part)
+    if layout == "qkv":
+        return torch.arange(rows).split([rows - 2 * width, width, width])[number]
+    if layout == "heads_qkv":
+        return torch.arange(rows).view(-1, 3, head_dim)[:, number].flatten()
+    return torch.arange(width, rows) if layout == "gate_up" else None
+
+
+def _rotary_tie(attention: Attention, config: Any, head_dim: int) -> Tensor:
+    """int64 [head_dim]: channels of one head that are rotated into each other have the same number."""
+    if attention.rotary == "none":
+        return torch.arange(head_dim)
+    share = config.rope_parameters["partial_rotary_factor"] if attention.rotary == "partial" else 1.0
+    half = -(-int(head_dim * share) // 2)
+    return torch.cat([torch.arange(half), torch.arange(half), torch.arange(half, head_dim - half)])

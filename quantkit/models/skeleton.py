@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter, dot_natural_key
 from transformers.quantizers.base import HfQuantizer
 
 from quantkit.errors import QuantkitError
 from quantkit.layers.quant_experts import ExpertNames
-from quantkit.models.architectures import ARCHITECTURES, expert_shapes, refusals, sites
-from quantkit.models.block import Block, LinearInfo, Site
+from quantkit.models.architectures import ARCHITECTURES, expert_shapes, query_key, refusals, sites
+from quantkit.models.block import Block, LinearInfo, QueryKey, Site
 from quantkit.models.checkpoint import Checkpoint, TensorInfo
 from quantkit.models.names import NameMap
+from quantkit.models.source import auto_class
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Skeleton:
                 before anything is looked up in it, as ``from_pretrained`` has it do.
 
         Raises:
-            QuantkitError: the configuration is of no causal language model, or has no repeated blocks.
+            QuantkitError: the configuration is of no language model, or has no repeated blocks.
         """
         self._full_config = config
         self._quantizer = quantizer
@@ -87,15 +88,16 @@ class Skeleton:
 
     def new_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """A model on the meta device that is the caller's to change."""
+        loader = auto_class(self._full_config)
         try:
             with torch.device("meta"):
-                model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                model: PreTrainedModel = loader.from_config(
                     copy.deepcopy(self._full_config), dtype=dtype, trust_remote_code=self.trust_remote_code
                 )
         except ValueError as error:
             raise QuantkitError(
-                f"a model of type '{self._full_config.model_type}' cannot be built as a causal language model: "
-                f"{' '.join(str(error).split())[:200]}"
+                f"a model of type '{self._full_config.model_type}' cannot be built as a language model "
+                f"({loader.__name__}): {' '.join(str(error).split())[:200]}"
             ) from None
         if self._quantizer is not None:
             self._quantizer.preprocess_model(model)
@@ -133,6 +135,12 @@ class Skeleton:
         if self.architecture is None:
             return ()
         return sites(self.architecture, self.config, self.block_module(index))
+
+    def query_key(self, index: int) -> QueryKey | None:
+        """Where queries and keys of block ``index`` can be scaled; None for an unknown architecture."""
+        if self.architecture is None:
+            return None
+        return query_key(self.architecture, self.config, self.block_module(index))
 
     # --- tensors -----------------------------------------------------------------------------------------------------
 
@@ -211,7 +219,8 @@ class Skeleton:
             name, tensor = stored.popitem()
             dtypes[name.removeprefix(prefix)] = tensor.dtype
             tensors[name.removeprefix(prefix)] = tensor.float() if tensor.is_floating_point() else tensor
-        return Block(index, prefix, tensors, dtypes, self.linears(index), self.sites(index))
+        linears, sites = self.linears(index), self.sites(index)
+        return Block(index, prefix, tensors, dtypes, linears, sites, self.query_key(index))
 
     def build_block(self, index: int, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
         """A real block on the CPU in eval mode.

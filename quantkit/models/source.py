@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from quantkit.demo import model_path
@@ -17,6 +23,12 @@ DEMO = "demo"
 
 _HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.md", "*.py", "LICENSE*")
 """What is fetched from a repository: everything but weights in other formats."""
+
+_TASKS: dict[str, type[Any]] = {
+    "ForMaskedLM": AutoModelForMaskedLM,
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+}
+"""End of a class name in ``architectures`` -> what loads such a model; all others are causal language models."""
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -72,6 +84,12 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     except (StrictDataclassError, ValueError, TypeError, KeyError, OSError, ImportError) as error:
         raise QuantkitError(f"{folder / 'config.json'} is not a usable configuration: {_one_line(error)}") from None
     return config
+
+
+def auto_class(config: PreTrainedConfig) -> type[Any]:
+    """transformers' ``AutoModelFor...`` that builds and loads the model of ``config``, by its first architecture."""
+    name = (config.architectures or [""])[0]
+    return next((loader for end, loader in _TASKS.items() if name.endswith(end)), AutoModelForCausalLM)
 
 
 def _checked(folder: Path, model: str, trust_remote_code: bool, allow_quantized: bool) -> Path:

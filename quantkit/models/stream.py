@@ -95,7 +95,10 @@ class BlockStream:
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, captured: Captured) -> Tensor:
-        """[B, T, V] from hidden [B, T, H] behind the last block of the batch that ``captured`` is of."""
+        """The model's logits from hidden [B, T, H] behind the last block of the batch that ``captured`` is of.
+
+        [B, T, vocabulary]; of a classifier [B, labels].
+        """
         last = self._skeleton.num_blocks - 1
         output = self._run(captured, lambda index, args, kwargs: hidden if index == last else captured.hidden)
         return output.logits

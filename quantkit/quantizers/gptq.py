@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import BaseModel, Field
@@ -27,6 +27,9 @@ from quantkit.formats.quantized import QuantizedWeight
 from quantkit.quantizers import rtn
 from quantkit.quantizers.grid import by_rows, group_count
 from quantkit.recipe import PER_CHANNEL, WeightScheme
+
+if TYPE_CHECKING:
+    from quantkit.calibrate.statistics import InputStatistics
 
 _DEAD = 1e-10
 """An input with less than this share of the largest second moment was never active: its column is left to RTN."""
@@ -88,30 +91,44 @@ class Rounded:
     """Why the weight was rounded to nearest instead; loss and damping are None then."""
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """The statistics of one input, ready for every linear that reads it."""
+
+    factor: Factor | HessianError
+    cross: Tensor | None = None
+    """2 / tokens * (X' - X)^T X [in_features, in_features], X' the inputs in the float model."""
+
+
+def statistics(config: Config) -> tuple[str, ...]:
+    """What ``prepare`` reads."""
+    return ("hessian", "cross") if config.retarget else ("hessian",)
+
+
+def prepare(seen: InputStatistics, scheme: WeightScheme, config: Config) -> Prepared:
+    """Factorise the Hessian of an input, for layers of ``scheme``; never fails."""
+    cross = seen.cross if config.retarget else None
+    try:
+        return Prepared(factorise(seen.hessian, scheme.group_size, config), cross)
+    except HessianError as error:
+        return Prepared(error)
+
+
 def quantize(
-    weight: Tensor,
-    scheme: WeightScheme,
-    scale_dtype: torch.dtype,
-    config: Config,
-    hessian: Tensor | Factor,
-    cross: Tensor | None = None,
+    weight: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype, config: Config, prepared: Prepared
 ) -> Rounded:
     """Quantise ``weight``, float32 [out_features, in_features], finite.
 
     Args:
-        hessian: 2 / tokens * X^T X over the layer's inputs, [in_features, in_features], symmetric; or what
-            ``factorise`` made of it, with the same ``config`` and group size.
-        cross: 2 / tokens * (X' - X)^T X, X' the inputs in the float model: asymmetric calibration.
-
-    Never fails over ``hessian``: one that cannot be used leaves round to nearest, with the reason in the result.
+        prepared: the statistics of its input; ones that cannot be used leave round to nearest, with the reason in the
+            result.
     """
-    try:
-        factor = hessian if isinstance(hessian, Factor) else factorise(hessian, scheme.group_size, config)
-    except HessianError as error:
+    factor = prepared.factor
+    if isinstance(factor, HessianError):
         plain = rtn.quantize(weight, scheme, scale_dtype, rtn.Config(clip=config.clip))
-        return Rounded(plain, loss=None, damping=None, fallback=str(error))
-    if cross is not None:
-        weight = retargeted_weight(weight, cross, factor, config.retarget)
+        return Rounded(plain, loss=None, damping=None, fallback=str(factor))
+    if prepared.cross is not None:
+        weight = retargeted_weight(weight, prepared.cross, factor, config.retarget)
     rounding = _Rounding(weight, scheme, scale_dtype, config, factor)
     for start in range(0, weight.shape[1], rounding.block):
         rounding.round_block(start)

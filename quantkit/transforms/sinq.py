@@ -14,16 +14,16 @@ oscillating; no absolute clamps, so the result does not depend on the unit of th
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from quantkit.models.block import Block, Site
+from quantkit.models.block import Site
 from quantkit.quantizers.grid import by_rows, group_views, serial_operations
-from quantkit.recipe import PER_CHANNEL, WeightScheme
+from quantkit.recipe import PER_CHANNEL
+from quantkit.transforms.interface import Online, SiteChange, Situation, Solution
 
 SAMPLE_ROWS = 256
 """Rows the first sweeps look at, spread over the matrix. Their t is off by the noise of a standard deviation over so
@@ -49,41 +49,39 @@ class Config(BaseModel, frozen=True, extra="forbid"):
     )
 
 
-@dataclass(frozen=True)
-class Solution:
-    """Column scales of one block, float32, geometric mean 1."""
-
-    sites: dict[str, Tensor]
-    """Site name -> t over the site's signal; to be folded into producer and consumers."""
-    linears: dict[str, Tensor]
-    """Linear name -> t over its input columns; to be multiplied onto its input at run time."""
+def online(sites: Iterable[Site], linears: Collection[str], config: Config) -> Online:
+    """Which of ``linears`` may need t at run time: those that no foldable site covers; all with ``absorb: never``."""
+    covered = {consumer for site in sites if site.kind != "none" for consumer in site.consumers}
+    alone = set(linears) if config.absorb == "never" else set(linears) - covered
+    return dict.fromkeys(sorted(alone), frozenset({"scale"}))
 
 
-def online(sites: Iterable[Site], linears: Collection[str], config: Config) -> set[str]:
-    """Which of ``linears`` may need t at run time: those that no site covers; all with ``absorb: never``."""
-    if config.absorb == "never":
-        return set(linears)
-    return set(linears) - {consumer for site in sites for consumer in site.consumers}
-
-
-def solve(block: Block, linears: Collection[str], scheme: WeightScheme, config: Config) -> Solution:
-    """Column scales for the quantised ``linears`` of ``block``; the block is not changed.
+def solve(situation: Situation, config: Config) -> Solution:
+    """Column scales for the quantised linears of a block.
 
     Consumers of a site share one t, found on their vertical concatenation; consumers that stay in full precision
     have no say in it. A t that is 1 everywhere is left out.
     """
+    block, linears = situation.block, situation.linears
     per_linear = online(block.sites, linears, config)
-    site_scales = {}
+
+    def scale_of(names: Sequence[str], site: Site | None) -> Tensor:
+        weights = [block.weight(name) for name in names]
+        tie = (site.repeats, site.head_dim) if site else (1, 0)
+        return column_scale(weights, situation.weights_of(names[0]).group_size, config, *tie)
+
+    sites = {}
     for site in block.sites:
-        weights = [block.weight(name) for name in site.consumers if name in linears and name not in per_linear]
-        if weights:
-            site_scales[site.name] = column_scale(weights, scheme.group_size, config, site.repeats, site.head_dim)
-    linear_scales = {name: column_scale([block.weight(name)], scheme.group_size, config) for name in sorted(per_linear)}
-    return Solution(_drop_ones(site_scales), _drop_ones(linear_scales))
+        names = [name for name in site.consumers if name in linears and name not in per_linear]
+        if names:
+            sites[site.name] = scale_of(names, site)
+    alone = {name: scale_of([name], None) for name in per_linear}
+    changes = {name: SiteChange(scale=t) for name, t in sites.items() if _matters(t)}
+    return Solution(changes, {name: t for name, t in alone.items() if _matters(t)})
 
 
-def _drop_ones(scales: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t for name, t in scales.items() if (t - 1).abs().max() > 1e-6}
+def _matters(t: Tensor) -> bool:
+    return bool((t - 1).abs().max() > 1e-6)
 
 
 @serial_operations()

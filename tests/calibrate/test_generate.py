@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import TINY, make_tiny
+from tiny_models import CAUSAL, TINY, make_tiny
 from tiny_tokenizer import make_tokenizer
 from tokenizers import AddedToken, Tokenizer, models
 from torch import Tensor
@@ -39,7 +39,7 @@ def texts_of(row: Tensor, ends: set[int]) -> list[Tensor]:
     return [part for part in torch.tensor_split(row, cuts) if len(part)]
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", CAUSAL)
 @torch.no_grad()
 def test_writes_what_the_model_says_without_a_cache(
     name: str, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch

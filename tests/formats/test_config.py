@@ -12,6 +12,10 @@ FORMATS = [
     layer_format("WNF4A16G64"),
     layer_format("W8A8"),
     layer_format("W4A8"),
+    layer_format("W8A8TS"),
+    layer_format("W8A8ZTS"),
+    layer_format("W4A4ZB32", input_shift=True),
+    layer_format("W6A6ZTSG64", input_scale=True, input_shift=True),
 ]
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.experts.0.up_proj", "mlp.experts.1.up_proj", "mlp.gate_proj")
 
@@ -22,8 +26,9 @@ def names(blocks: int) -> list[str]:
 
 @pytest.mark.parametrize("build", [native_config, portable_config])
 def test_every_layer_comes_back_through_json(build):
-    usable = FORMATS if build is native_config else [FORMATS[0], *FORMATS[3:]]
-    formats = {name: usable[number % 7 % len(usable)] for number, name in enumerate(names(6))}
+    usable = FORMATS if build is native_config else [FORMATS[0], *FORMATS[3:7]]
+    formats = {name: usable[number % 11 % len(usable)] for number, name in enumerate(names(6))}
+    assert set(formats.values()) == set(usable)
     kept = ["lm_head", "model.layers.6.mlp.gate_proj", "model.layers.2.mlp.router"]
     read = read_config(json.loads(json.dumps(build(formats, kept))))
     assert {name: read.of(name) for name in formats} == formats
@@ -50,6 +55,7 @@ def test_native_block_is_as_documented():
                 "weights": {"bits": 3, "symmetric": False, "group_size": 64, "levels": "uniform"},
                 "activations": None,
                 "input_scale": True,
+                "input_shift": False,
                 "storage": "packed",
             }
         ],

@@ -1,15 +1,17 @@
 import pytest
 import torch
-from handmade import layer_format, round_to_nearest
+from handmade import layer_format, layer_inputs, round_to_nearest
 from pydantic import ValidationError
+from torch import Tensor
 
-from quantkit.formats.layer import LayerFormat, from_tensors, stored_bytes, tensor_specs, to_tensors
+from quantkit.formats.layer import LayerFormat, LayerInputs, from_tensors, stored_bytes, tensor_specs, to_tensors
 from quantkit.recipe import ActivationScheme, WeightScheme
 
 FORMATS = [
     ("W4A16G64", {}), ("W2SA16G32", {}), ("W8A16", {}), ("W3ZA16G64", {}), ("W5ZA16G24", {}), ("W6SA16GC", {}),
     ("W7ZA16G64", {}), ("WNF4A16G64", {}), ("W8A8", {}), ("W8A8G64", {}), ("W4A8", {}), ("W8ZA8", {}),
-    ("W4ZA16G128", {"input_scale": True}), ("W8A8", {"input_scale": True}),
+    ("W4ZA16G128", {"input_scale": True}), ("W8A8", {"input_scale": True}), ("W4A16G64", {"input_shift": True}),
+    ("W8A8TS", {}), ("W6A6ZTS", {}), ("W4A4ZTS", {"input_scale": True, "input_shift": True}), ("W4A4B32", {}),
 ]  # fmt: skip
 
 
@@ -18,20 +20,46 @@ FORMATS = [
 def test_round_trip_and_exact_size(scheme, settings, dtype):
     layer = layer_format(scheme, **settings)
     weight = round_to_nearest(torch.randn(53, 200), layer, dtype)  # 200 = 3 groups of 64 and a short one
-    input_scale = torch.rand(200) if layer.input_scale else None
-    tensors = to_tensors(weight, layer, input_scale)
+    inputs = layer_inputs(layer, 200)
+    tensors = to_tensors(weight, layer, inputs)
 
     specs = {suffix: (tuple(tensor.shape), tensor.dtype) for suffix, tensor in tensors.items()}
     assert specs == tensor_specs(layer, 53, 200, dtype)
     assert stored_bytes(layer, 53, 200, dtype) == sum(tensor.nbytes for tensor in tensors.values())
 
-    back, back_scale = from_tensors(tensors, layer)
+    back, back_inputs = from_tensors(tensors, layer)
     assert torch.equal(back.codes, weight.codes)
     assert torch.equal(back.scale, weight.scale)
     assert (back.zero_point is None) == (weight.zero_point is None)
     assert back.zero_point is None or torch.equal(back.zero_point, weight.zero_point)
     assert torch.equal(back.dequantize(), weight.dequantize())
-    assert back_scale is None if input_scale is None else torch.equal(back_scale, input_scale.to(dtype))
+    rounded = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in held(inputs).items()
+    }
+    assert same_inputs(back_inputs, LayerInputs(**rounded))
+
+
+def held(inputs: LayerInputs) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in vars(inputs).items() if tensor is not None}
+
+
+def same_inputs(one: LayerInputs, other: LayerInputs) -> bool:
+    left, right = held(one), held(other)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_what_is_done_to_inputs_is_stored_as_compressed_tensors_names_it():
+    layer = layer_format("W8A8ZTS", input_scale=True, input_shift=True)
+    tensors = to_tensors(round_to_nearest(torch.randn(8, 24), layer, torch.bfloat16), layer, layer_inputs(layer, 24))
+    specs = {suffix: (tuple(tensor.shape), tensor.dtype) for suffix, tensor in tensors.items()}
+    assert specs == {
+        "weight": ((8, 24), torch.int8),
+        "weight_scale": ((8, 1), torch.bfloat16),
+        "input_scale_vector": ((24,), torch.bfloat16),
+        "input_shift_vector": ((24,), torch.bfloat16),
+        "input_scale": ((1,), torch.bfloat16),
+        "input_zero_point": ((1,), torch.int8),
+    }
 
 
 def test_bits_per_weight_is_the_formula():
@@ -49,6 +77,7 @@ def test_bits_per_weight_is_the_formula():
         ("W4A8", "packed"),
         ("W8ZA8", "packed"),
         ("W8A4", "packed"),
+        ("W8A8TS", "int8"),
     ],
 )
 def test_storage_follows_from_the_scheme(scheme, storage):
@@ -83,10 +112,19 @@ def test_arguments_that_contradict_each_other_are_a_bug():
     weight = round_to_nearest(torch.randn(8, 64), layer_format("W4A16G32"), torch.float32)
     with pytest.raises(ValueError, match="quantised differently"):
         to_tensors(weight, layer_format("W4A16G64"))
-    with pytest.raises(ValueError, match="input_scale is missing"):
+    with pytest.raises(ValueError, match="input_scale_vector is missing"):
         to_tensors(weight, layer_format("W4A16G32", input_scale=True))
-    with pytest.raises(ValueError, match="not part of the format"):
-        to_tensors(weight, layer_format("W4A16G32"), torch.ones(64))
+    with pytest.raises(ValueError, match="input_shift_vector is not part of the format"):
+        to_tensors(weight, layer_format("W4A16G32"), LayerInputs(shift=torch.ones(64)))
+    with pytest.raises(ValueError, match="input_scale is missing"):
+        to_tensors(weight, layer_format("W4A8TSG32"))
+    with pytest.raises(ValueError, match="input_zero_point is missing"):
+        to_tensors(weight, layer_format("W4A8ZTSG32"), LayerInputs(static_scale=torch.ones(1)))
+
+
+def test_says_what_it_is():
+    assert layer_format("W4A16G32").describe() == "W4SA16G32"
+    assert layer_format("W8A8ZTS", input_scale=True, input_shift=True).describe() == "W8SA8ZTSGC x t + s"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])

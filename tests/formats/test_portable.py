@@ -6,12 +6,13 @@ from handmade import layer_format
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.portable import portable_config, portable_reason, read_portable
-from quantkit.recipe import ActivationScheme
 
 FOUR, EIGHT = layer_format("W4A16G64"), layer_format("W8A16")
 
 
-@pytest.mark.parametrize("scheme", ["W2SA16G64", "W4A16G128", "W8A16", "W8A8", "W4A8", "W4A4", "W4A16GC"])
+@pytest.mark.parametrize(
+    "scheme", ["W2SA16G64", "W4A16G128", "W8A16", "W8A8", "W4A8", "W4A4", "W4A16GC", "W8A8TS", "W8A8ZTS"]
+)
 def test_what_is_portable(scheme):
     assert portable_reason({"layers.0.up": layer_format(scheme)}, {"layers.0.up": (64, 256)}) is None
 
@@ -25,9 +26,13 @@ def test_what_is_portable(scheme):
         (layer_format("WNF4A16G64"), "nf4 levels"),
         (layer_format("W4A16G64", input_scale=True), "multiplies its input"),
         (layer_format("W4A16G96"), "256 input columns, no multiple of the group size 96"),
-        (EIGHT.model_copy(update={"activations": ActivationScheme(dynamic=False)}), "static activation"),
-        (EIGHT.model_copy(update={"activations": ActivationScheme(granularity="tensor")}), "per tensor"),
-        (EIGHT.model_copy(update={"activations": ActivationScheme(symmetric=False)}), "activations with a zero point"),
+        (layer_format("W8A8", input_shift=True), "adds a stored vector"),
+        (layer_format("W4A8TS"), "static activation scales, which vLLM runs only with 8-bit weights per channel"),
+        (layer_format("W8A6TS"), "static activation scales"),
+        (layer_format("W8A8TSG64"), "static activation scales"),
+        (layer_format("W8A8T"), "dynamically per tensor"),
+        (layer_format("W8A8Z"), "activations with a zero point"),
+        (layer_format("W8A8B64"), "in groups of channels"),
     ],
 )
 def test_what_is_not_portable(layer, reason):
@@ -91,6 +96,14 @@ def test_the_block_of_two_schemes():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("scheme", ["W8A8TS", "W8A8ZTS"])
+def test_static_activations_in_the_block(scheme):
+    (group,) = portable_config({"layers.0.up": layer_format(scheme)}, ["lm_head"])["config_groups"].values()
+    assert group["input_activations"] == {
+        "num_bits": 8, "type": "int", "symmetric": "Z" not in scheme, "strategy": "tensor", "dynamic": False,
+    }  # fmt: skip
+
+
 def test_experts_are_named_beside_another_scheme():
     """transformers finds the experts' scheme by a 're:' target with 'experts' in it."""
     formats = dict.fromkeys(expert_names(), FOUR) | {"layers.0.q": EIGHT, "layers.1.k": EIGHT}
@@ -103,7 +116,7 @@ def test_experts_are_named_beside_another_scheme():
 
 def test_compressed_tensors_accepts_the_block():
     quantization = pytest.importorskip("compressed_tensors.quantization")
-    for layer in (FOUR, EIGHT, layer_format("W8A8"), layer_format("W4A8")):
+    for layer in (FOUR, EIGHT, layer_format("W8A8"), layer_format("W4A8"), layer_format("W8A8ZTS")):
         block = portable_config({"layers.0.up": layer, "layers.0.down": FOUR}, ["lm_head"])
         quantization.QuantizationConfig.model_validate(block)
 
@@ -157,7 +170,8 @@ def test_blocks_of_other_tools():
         ("config_groups.group_0.weights.num_bits", 16, "weights.bits is 16"),
         ("config_groups.group_0.weights.group_size", 20, "weights.group_size is 20"),
         ("config_groups.group_0.output_activations", {"num_bits": 8}, "output_activations"),
-        ("config_groups.group_0.input_activations", {"num_bits": 8, "dynamic": False}, "input_activations.dynamic"),
+        ("config_groups.group_0.input_activations", {"num_bits": 8, "dynamic": "local"}, "input_activations.dynamic"),
+        ("config_groups.group_0.input_activations", {"strategy": "token"}, "strategy is 'token'; .* tensor:"),
         ("config_groups.group_0.input_activations", {"type": "float", "dynamic": True}, "input_activations.type"),
         ("config_groups.group_0.input_activations", {"dynamic": True, "strategy": "group"}, "activations.strategy"),
         ("config_groups.group_0", ["Linear"], "a mapping with targets and weights"),

@@ -14,7 +14,19 @@ from quantkit.loading import load
 pytest.importorskip("compressed_tensors")
 
 Tiny = Callable[..., Path]
-SCHEMES = ["W2SA16G8", "W4A16G8", "W8A16G8", "W4A16GC", "W8A16", "W8A8", "W8A8G8", "W4A8", "W4A4G8"]
+SCHEMES = [
+    "W2SA16G8",
+    "W4A16G8",
+    "W8A16G8",
+    "W4A16GC",
+    "W8A16",
+    "W8A8",
+    "W8A8G8",
+    "W4A8",
+    "W4A4G8",
+    "W8A8TS",
+    "W8A8ZTS",
+]
 
 
 def plain(folder: Path) -> PreTrainedModel:

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from handmade import layer_format, round_to_nearest
+from handmade import layer_format, layer_inputs, round_to_nearest
 from torch import Tensor
 
 from quantkit.formats.layer import to_tensors
@@ -15,6 +15,7 @@ from quantkit.recipe import ActivationScheme
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 SCHEMES = ["W4A16G64", "W4ZA16G64", "W2SA16G32", "W3ZA16G48", "W5SA16GC", "W7ZA16GC", "W8A16G64", "WNF4A16G64", "W8A8"]
+SCHEMES += ["W8A8TS", "W4A6ZTSG64", "W8A8ZT", "W4A4B48"]
 OUT, IN = 37, 200  # 200 columns: a short last group for 64, 48 and 32
 
 
@@ -22,8 +23,7 @@ def make(scheme: str, dtype: torch.dtype, bias: bool = True, **settings: Any) ->
     layer = layer_format(scheme, **settings)
     generator = torch.Generator().manual_seed(5)
     weight = round_to_nearest(torch.randn(OUT, IN, generator=generator), layer, dtype)
-    input_scale = torch.rand(IN, generator=generator).add(0.5) if layer.input_scale else None
-    tensors = to_tensors(weight, layer, input_scale)
+    tensors = to_tensors(weight, layer, layer_inputs(layer, IN))
     if bias:
         tensors["bias"] = torch.randn(OUT, generator=generator).to(dtype)
     linear = QuantLinear(IN, OUT, bias, layer, dtype)
@@ -44,7 +44,10 @@ def test_equals_the_dense_layer(scheme, dtype, monkeypatch):
     x = inputs(2, 5, dtype=dtype)
     dense = weight.dequantize(dtype)
     assert torch.equal(linear.dequantize(), dense)
-    seen = reference.fake_quantize(x, linear.format.activations) if linear.format.activations else x
+    stored = linear.inputs
+    seen = x
+    if linear.format.activations:
+        seen = reference.fake_quantize(x, linear.format.activations, stored.static_scale, stored.static_zero_point)
     want = F.linear(seen, dense, linear.bias)
     torch.testing.assert_close(linear(x), want, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.1)
     monkeypatch.setattr(reference, "SCRATCH_BYTES", 5 * IN * dtype.itemsize)  # 37 rows in blocks of 5
@@ -63,14 +66,19 @@ def test_any_leading_dimensions(scheme, shape):
     torch.testing.assert_close(y.reshape(-1, OUT), flat, rtol=1e-5, atol=1e-4)
 
 
-def test_the_input_scale_comes_first():
-    plain, _ = make("W8A8", torch.float32)
-    scaled, _ = make("W8A8", torch.float32, input_scale=True)
-    scaled.weight.copy_(plain.weight)
-    scaled.weight_scale.copy_(plain.weight_scale)
-    scaled.bias.copy_(plain.bias)
-    x = inputs(4)
-    assert torch.equal(scaled(x), plain(x * scaled.input_scale_vector))
+@DTYPES
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A8ZTS", "W4A4B32", "W4A16G64"])
+def test_scale_then_shift_then_rounding(scheme, dtype):
+    plain, _ = make(scheme, dtype)
+    scaled, _ = make(scheme, dtype, input_scale=True)
+    both, _ = make(scheme, dtype, input_scale=True, input_shift=True)
+    shifted, _ = make(scheme, dtype, input_shift=True)
+    x = inputs(4, dtype=dtype)
+    t, s = both.inputs.scale, both.inputs.shift
+    assert torch.equal(scaled(x), plain(x * t))
+    assert torch.equal(shifted(x), plain(x + s))
+    assert torch.equal(both(x), plain(x * t + s))
+    assert not torch.allclose(both(x), plain((x + s) * t))
     assert not torch.allclose(scaled(x), plain(x))
 
 
@@ -131,9 +139,71 @@ def test_activations_are_rounded_as_compressed_tensors_does(granularity, bits, s
     assert torch.equal(reference.fake_quantize(x, scheme), want)
 
 
-def test_tokens_do_not_depend_on_their_neighbours():
+@DTYPES
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero point"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_static_activations_are_rounded_as_compressed_tensors_does(bits, symmetric, dtype):
+    forward = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    args = quantization.QuantizationArgs(num_bits=bits, symmetric=symmetric, strategy="tensor", dynamic=False)
+    module = torch.nn.Linear(1, 1)
+    module.quantization_status = quantization.QuantizationStatus.FROZEN
+    module.input_scale = torch.nn.Parameter(torch.tensor([0.37], dtype=dtype))
+    if not symmetric:
+        module.register_buffer("input_zero_point", torch.tensor([-3], dtype=torch.int8))
+    x = inputs(3, 17, dtype=dtype)  # clipped on both sides at 4 bits
+    want = forward.forward_quantize(module, x, "input", args)
+    scheme = ActivationScheme(bits=bits, symmetric=symmetric, granularity="tensor", dynamic=False)
+    zero_point = None if symmetric else module.input_zero_point
+    assert torch.equal(reference.fake_quantize(x, scheme, module.input_scale, zero_point), want)
+
+
+@DTYPES
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero point"])
+def test_groups_are_rounded_as_compressed_tensors_does(symmetric, dtype):
+    forward = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    args = quantization.QuantizationArgs(num_bits=4, symmetric=symmetric, strategy="group", group_size=40, dynamic=True)
+    module = torch.nn.Linear(1, 1)
+    module.quantization_status = quantization.QuantizationStatus.FROZEN
+    x = inputs(3, 17, dtype=dtype)
+    x[0, 0, 40:80] = 0  # a group without range
+    want = forward.forward_quantize(module, x, "input", args)
+    scheme = ActivationScheme(bits=4, symmetric=symmetric, granularity="group", group_size=40)
+    assert torch.equal(reference.fake_quantize(x, scheme), want)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero point"])
+@pytest.mark.parametrize("size", [8, 48, 192, 200, 256])
+def test_a_group_is_a_token_by_itself(size, symmetric):
+    """Also the short last one: 48 leaves 8 channels over, 192 too, 200 nothing, 256 is wider than the input."""
+    x = inputs(2, 3)
+    scheme = ActivationScheme(bits=4, symmetric=symmetric, granularity="group", group_size=size)
+    alone = ActivationScheme(bits=4, symmetric=symmetric)
+    want = torch.cat([reference.fake_quantize(part, alone) for part in x.split(size, dim=-1)], dim=-1)
+    assert torch.equal(reference.fake_quantize(x, scheme), want)
+    assert torch.equal(reference.fake_quantize(x[1, 2], scheme), want[1, 2])
+    assert reference.fake_quantize(x[:0], scheme).shape == (0, 3, IN)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero point"])
+@pytest.mark.parametrize("settings", [{}, {"granularity": "group", "group_size": 48}], ids=["token", "group"])
+def test_tokens_do_not_depend_on_their_neighbours(settings, symmetric):
     x = inputs(4, 3)
-    scheme = ActivationScheme(bits=8)
+    scheme = ActivationScheme(bits=8, symmetric=symmetric, **settings)
     whole = reference.fake_quantize(x, scheme)
     assert torch.equal(reference.fake_quantize(x[2:3], scheme), whole[2:3])
     assert torch.equal(reference.fake_quantize(x.reshape(12, IN), scheme), whole.reshape(12, IN))
+
+
+def test_a_static_grid_does_not_depend_on_the_batch_and_a_dynamic_one_does():
+    x = inputs(4, 3)
+    x[3] *= 10
+    dynamic = ActivationScheme(bits=8, granularity="tensor")
+    assert not torch.equal(reference.fake_quantize(x[:1], dynamic), reference.fake_quantize(x, dynamic)[:1])
+    static = ActivationScheme(bits=8, granularity="tensor", dynamic=False)
+    scale = torch.tensor([0.01])
+    whole = reference.fake_quantize(x, static, scale)
+    assert torch.equal(reference.fake_quantize(x[:1], static, scale), whole[:1])
+    assert float(whole.abs().max()) <= 1.28  # nothing outside of the codes
+    assert len(whole.unique()) <= 256

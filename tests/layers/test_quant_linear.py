@@ -7,7 +7,7 @@ from quantkit.layers.quant_linear import QuantLinear
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("scheme", ["W4A16G64", "W3ZA16G64", "W8A8", "WNF4A16G64"])
+@pytest.mark.parametrize("scheme", ["W4A16G64", "W3ZA16G64", "W8A8", "WNF4A16G64", "W8A8TS", "W6A6ZTS"])
 def test_holds_what_a_checkpoint_holds(scheme, bias):
     layer = layer_format(scheme)
     linear = QuantLinear(100, 30, bias, layer, torch.bfloat16, device="meta")
@@ -19,9 +19,13 @@ def test_holds_what_a_checkpoint_holds(scheme, bias):
 
 
 def test_codes_survive_a_change_of_dtype():
-    linear = QuantLinear(64, 8, True, layer_format("W4ZA16G32", input_scale=True), torch.bfloat16).half()
+    layer = layer_format("W4ZA8ZTSG32", input_scale=True, input_shift=True)
+    linear = QuantLinear(64, 8, True, layer, torch.bfloat16).half()
     assert linear.weight_packed.dtype == linear.weight_zero_point.dtype == torch.int32
-    assert linear.weight_scale.dtype == linear.input_scale_vector.dtype == torch.float16
+    assert linear.state_dict()["input_zero_point"].dtype == torch.int8
+    for tensor in (linear.weight_scale, linear.inputs.scale, linear.inputs.shift, linear.inputs.static_scale):
+        assert tensor is not None
+        assert tensor.dtype == torch.float16
     assert linear.bias is not None
     assert linear.bias.dtype == torch.float16
 
@@ -30,4 +34,10 @@ def test_says_what_it_is():
     text = repr(QuantLinear(64, 8, False, layer_format("W4A8", input_scale=True), torch.float32))
     assert text.startswith("QuantLinear(64, 8, bias=False, 4 bits, group_size=-1, symmetric=True, ")
     assert text.endswith("activations=8 bits per token, input_scale)")
+    static = layer_format("W4A6ZTS", input_shift=True)
+    assert "activations=static asymmetric 6 bits per tensor, input_shift)" in repr(
+        QuantLinear(64, 8, False, static, torch.float32)
+    )
+    groups = QuantLinear(64, 8, False, layer_format("W4A4B32"), torch.float32)
+    assert "activations=4 bits per group of 32)" in repr(groups)
     assert "nf4" in repr(QuantLinear(64, 8, False, layer_format("WNF4A16G64"), torch.float32))

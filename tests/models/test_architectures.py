@@ -31,6 +31,8 @@ SITES = {
     "mixtral": ATTENTION | {"mlp.input"} | {f"mlp.experts.{e}.hidden" for e in range(5)},
     "qwen2_moe": ATTENTION | {"mlp.input", "mlp.shared_expert.hidden"} | {f"mlp.experts.{e}.hidden" for e in range(6)},
     "qwen3_moe": ATTENTION | {"mlp.input"} | {f"mlp.experts.{e}.hidden" for e in range(6)},
+    "bert": ATTENTION | {"mlp.input"},
+    "bert_classifier": ATTENTION | {"mlp.input"},
 }
 """Sites of the last block; families not named here have the gated set."""
 
@@ -49,8 +51,21 @@ def with_all_experts(name: str) -> dict[str, Any]:
     )
 
 
-def apply(block: Block, site: Site, t: Tensor) -> None:
-    """Multiply what the producer emits by t [signal width] and divide the consumers' columns by it."""
+Online = dict[str, Tensor]
+"""Linear -> t [in_features] that its input is multiplied by."""
+Change = Callable[[Block], Online]
+
+
+def apply(block: Block, site: Site, t: Tensor) -> Online:
+    """Multiply what the consumers read by t [signal width], in the producer if there is one, and divide their columns
+    by it."""
+    columns = t
+    if site.repeats > 1:
+        columns = torch.stack([t.view(-1, site.head_dim)] * site.repeats, dim=1).flatten()
+    for consumer in site.consumers:
+        block.tensors[f"{consumer}.weight"] /= columns
+    if site.kind == "none":
+        return dict.fromkeys(site.consumers, columns)
     weight, bias = f"{site.producer}.weight", block.tensors.get(f"{site.producer}.bias")
     if site.kind == "norm":
         block.tensors[weight] = (site.norm_offset + block.tensors[weight]) * t - site.norm_offset
@@ -61,19 +76,12 @@ def apply(block: Block, site: Site, t: Tensor) -> None:
         block.tensors[weight][rows] *= t[:, None]
         if bias is not None:
             bias[rows] *= t
-    columns = t
-    if site.repeats > 1:
-        columns = torch.stack([t.view(-1, site.head_dim)] * site.repeats, dim=1).flatten()
-    for consumer in site.consumers:
-        block.tensors[f"{consumer}.weight"] /= columns
+    return {}
 
 
-def signal_width(block: Block, site: Site) -> int:
-    return block.tensors[f"{site.producer}.weight"].shape[0] if site.rows is None else len(site.rows)
-
-
-def keep(block: Block) -> None:
+def keep(block: Block) -> Online:
     """No change."""
+    return {}
 
 
 class Run:
@@ -85,32 +93,39 @@ class Run:
         ids = torch.randint(3, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(1))
         self.captured = self.stream.capture(ids)
 
-    def block(self, index: int, hidden: Tensor, change: Callable[[Block], None]) -> Tensor:
+    def block(self, index: int, hidden: Tensor, change: Change, watch: Callable[..., None] | None = None) -> Tensor:
+        """hidden behind block ``index``; ``watch`` is called with (path, input) of every module in it."""
         block = self.skeleton.read_block(index, self.checkpoint)
         for name, tensor in block.tensors.items():  # 1/256: exact when scaled, also in float32
             block.tensors[name] = (tensor.double() * 256).round() / 256 if tensor.dim() == 1 else tensor.double()
-        change(block)
+        online = change(block)
         module = self.skeleton.build_block(index, block.tensors, torch.float64)
+        for path, t in online.items():
+            module.get_submodule(path).register_forward_pre_hook(lambda _, args, t=t: (args[0] * t,))
+        for path, part in module.named_modules() if watch else ():
+            part.register_forward_pre_hook(lambda _, args, path=path: watch(path, *args[:1]))
         return self.stream.run_block(module, hidden, index, self.captured)
 
-    def logits(self, change: Callable[[Block], None]) -> Tensor:
-        """[2, 16, V]"""
+    def logits(self, change: Change) -> Tensor:
+        """[2, 16, V]; [2, labels] of a classifier."""
         hidden = self.captured.hidden
         for index in range(self.skeleton.num_blocks):
             hidden = self.block(index, hidden, change)
         return self.stream.logits(hidden, self.captured)
 
 
-def scale_sites(block: Block, only: str | None = None) -> None:
+def scale_sites(block: Block, only: str | None = None) -> Online:
     generator = torch.Generator().manual_seed(block.index)
+    online: Online = {}
     for site in block.sites:
         if only in (None, site.name):
-            width = signal_width(block, site)
+            width = block.weight(site.consumers[0]).shape[1] // site.repeats
             if site.norm_offset:  # Gemma's norm computes in float32: powers of two leave its rounding as it is
                 t = 2.0 ** torch.randint(-2, 3, (width,), generator=generator).double()
             else:
                 t = torch.rand(width, generator=generator, dtype=torch.float64) * 3 + 0.2
-            apply(block, site, t)
+            online |= apply(block, site, t)
+    return online
 
 
 def assert_exact(run: Run) -> None:
@@ -134,10 +149,11 @@ def test_every_consumer_counts(name: str, tmp_path: Path) -> None:
     for site in run.skeleton.sites(1):
         for left_out in {site.consumers[0], site.consumers[-1]}:
 
-            def change(block: Block, site: Site = site, left_out: str = left_out) -> None:
+            def change(block: Block, site: Site = site, left_out: str = left_out) -> Online:
                 kept = block.tensors[f"{left_out}.weight"].clone()
-                scale_sites(block, only=site.name)
+                online = scale_sites(block, only=site.name)
                 block.tensors[f"{left_out}.weight"] = kept
+                return online
 
             assert (run.block(1, run.captured.hidden, change) - before).abs().max() > 1e-4, (site.name, left_out)
 
@@ -146,7 +162,25 @@ def test_every_consumer_counts(name: str, tmp_path: Path) -> None:
 def test_sites_found(name: str, tiny: Callable[..., Path]) -> None:
     skeleton, _ = skeleton_of(tiny(name))
     assert {site.name for site in skeleton.sites(1)} == SITES.get(name, GATED)
-    assert skeleton.limits == ""
+    held_by_nothing = {site.name for site in skeleton.sites(1) if site.kind == "none"}
+    assert held_by_nothing == ({"attention.input", "mlp.input"} if "bert" in name else set())
+    assert all(f"{site} cannot be folded: the residual reads" in skeleton.limits for site in held_by_nothing)
+    assert bool(skeleton.limits) == bool(held_by_nothing)
+
+
+def assert_shared(run: Run) -> None:
+    """Consumers of a site read one signal, so that what stays online can be done once for all of them."""
+    seen: dict[str, Tensor] = {}
+    run.block(1, run.captured.hidden, keep, lambda path, *x: seen.update({path: x[0]} if x else {}))
+    for site in run.skeleton.sites(1):
+        inputs = [seen[consumer] for consumer in site.consumers if consumer in seen]  # merged experts are no modules
+        assert all(torch.equal(x, inputs[0]) for x in inputs), site.name
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_consumers_share_their_input(name: str, tmp_path: Path) -> None:
+    save_tiny(name, tmp_path)
+    assert_shared(Run(tmp_path))
 
 
 def test_every_table_has_a_tiny_model(tiny: Callable[..., Path]) -> None:
@@ -173,12 +207,15 @@ def test_consumers_of_a_mixture(tiny: Callable[..., Path]) -> None:
     ],
 )
 def test_conditions(name: str, changes: dict[str, Any], lost: set[str], why: str, tmp_path: Path) -> None:
-    """What a configuration rules out is not offered; the rest stays exact, and the reason can be read."""
+    """What a configuration rules out cannot be folded; the rest stays exact, and the reason can be read."""
     save_tiny(name, tmp_path, **changes)
     run = Run(tmp_path)
-    assert {site.name for site in run.skeleton.sites(1)} == SITES[name] - lost
+    sites = run.skeleton.sites(1)
+    assert {site.name for site in sites if site.kind != "none"} == SITES[name] - lost
+    assert {site.name for site in sites if site.kind == "none"} == lost - {"mlp.hidden"}
     assert why in run.skeleton.limits
     assert_exact(run)
+    assert_shared(run)
 
 
 def test_sequential_residual_of_gpt_neox(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import TINY, VOCABULARY, save_tiny
+from tiny_models import TINY, VOCABULARY, load_tiny, save_tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM, FalconConfig, Olmo2Config, OlmoeConfig, PreTrainedConfig
 
@@ -45,7 +45,7 @@ def streamed(folder: Path, dtype: torch.dtype, ids: Tensor, mask: Tensor | None)
 
 @torch.no_grad()
 def whole(folder: Path, dtype: torch.dtype, ids: Tensor, mask: Tensor | None) -> Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model = load_tiny(folder, dtype=dtype).eval()
     return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
 

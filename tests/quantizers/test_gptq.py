@@ -23,6 +23,15 @@ CLIP = rtn.Config(clip="mse", steps=24, smallest=0.2)
 """The search that gptq does."""
 
 
+def round_by_gptq(weight, scheme, dtype, config, hessian, cross=None):
+    """``hessian``: the matrix, or what ``factorise`` made of it."""
+    try:
+        factor = hessian if isinstance(hessian, gptq.Factor) else gptq.factorise(hessian, scheme.group_size, config)
+    except gptq.HessianError as error:
+        factor = error
+    return gptq.quantize(weight, scheme, dtype, config, gptq.Prepared(factor, cross))
+
+
 def name(value: object) -> str:
     if isinstance(value, WeightScheme):
         kind = value.levels if value.levels == "nf4" else f"W{value.bits}{'S' if value.is_symmetric else 'Z'}"
@@ -104,7 +113,7 @@ def test_equals_the_plain_algorithm(order: str, group_size: int, clip: str) -> N
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(60, dtype=torch.float64)
     search = CLIP if clip == "mse" else rtn.Config()
     expected = naive(weight, damped, scheme, factor.order, order == "activation", search)
-    assert torch.equal(gptq.quantize(weight, scheme, torch.float32, config, factor).weight.codes.double(), expected)
+    assert torch.equal(round_by_gptq(weight, scheme, torch.float32, config, factor).weight.codes.double(), expected)
 
 
 @pytest.mark.parametrize("config", [{"clip": "minmax"}, {"clip": "mse", "weighted": False}], ids=["minmax", "mse"])
@@ -113,7 +122,7 @@ def test_equals_the_plain_algorithm(order: str, group_size: int, clip: str) -> N
 def test_is_rtn_when_inputs_are_uncorrelated(scheme: WeightScheme, order: str, config: dict[str, object]) -> None:
     weight = random_weight(20, 200)  # a short last group
     hessian = torch.diag(inputs(1, 200)[0].square())
-    ours = gptq.quantize(weight, scheme, torch.bfloat16, gptq.Config(order=order, **config), hessian)
+    ours = round_by_gptq(weight, scheme, torch.bfloat16, gptq.Config(order=order, **config), hessian)
     clip = rtn.Config() if config["clip"] == "minmax" else CLIP
     assert same(ours.weight, rtn.quantize(weight, scheme, torch.bfloat16, clip))
 
@@ -124,7 +133,7 @@ def test_blocks_do_not_show(order: str, group_size: int) -> None:
     weight, hessian = random_weight(16, 200).double(), moments(inputs(400, 200).double())
     scheme = WeightScheme(bits=3, symmetric=False, group_size=group_size)
     results = [
-        gptq.quantize(weight, scheme, torch.float32, gptq.Config(order=order, block=block), hessian)
+        round_by_gptq(weight, scheme, torch.float32, gptq.Config(order=order, block=block), hessian)
         for block in (200, 1, 32, 128)
     ]
     for other in results[1:]:
@@ -135,9 +144,9 @@ def test_blocks_do_not_show(order: str, group_size: int) -> None:
 @pytest.mark.parametrize("order", ORDERS)
 def test_chunks_of_rows_do_not_show(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian = random_weight(50, 200).double(), moments(inputs(400, 200).double())
-    whole = gptq.quantize(weight, W3, torch.float32, gptq.Config(order=order), hessian)
+    whole = round_by_gptq(weight, W3, torch.float32, gptq.Config(order=order), hessian)
     monkeypatch.setattr(grid, "CHUNK_ELEMENTS", 128 * 7)
-    pieces = gptq.quantize(weight, W3, torch.float32, gptq.Config(order=order), hessian)
+    pieces = round_by_gptq(weight, W3, torch.float32, gptq.Config(order=order), hessian)
     assert same(whole.weight, pieces.weight)
     assert pieces.loss == pytest.approx(whole.loss, rel=1e-9)
 
@@ -146,7 +155,7 @@ def test_chunks_of_rows_do_not_show(order: str, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=name)
 def test_reported_loss_is_the_quadratic_form(scheme: WeightScheme, order: str) -> None:
     weight, hessian = random_weight(16, 200).double(), moments(inputs(300, 200).double())
-    result = gptq.quantize(weight, scheme, torch.float32, gptq.Config(order=order), hessian)
+    result = round_by_gptq(weight, scheme, torch.float32, gptq.Config(order=order), hessian)
     damped = hessian + result.damping * hessian.diagonal().mean() * torch.eye(200, dtype=torch.float64)
     error = result.weight.dequantize(torch.float64) - weight
     assert result.loss == pytest.approx(float((error @ damped * error).sum()) / 2, rel=1e-6)
@@ -159,14 +168,14 @@ def test_margins_on_correlated_inputs(bits: int) -> None:
     scheme = WeightScheme(bits=bits, symmetric=False, group_size=128)
     plain = loss(weight, rtn.quantize(weight, scheme, torch.float32, rtn.Config()), x)
     by_order = {
-        order: loss(weight, gptq.quantize(weight, scheme, torch.float32, config, moments(x)).weight, x)
+        order: loss(weight, round_by_gptq(weight, scheme, torch.float32, config, moments(x)).weight, x)
         for order in ORDERS
         for config in [gptq.Config(order=order, clip="minmax")]
     }
     assert by_order["natural"] <= 0.35 * plain
     assert by_order["activation"] <= 0.75 * by_order["natural"]
     assert by_order["group"] <= 0.75 * by_order["natural"]
-    searched = gptq.quantize(weight, scheme, torch.float32, gptq.Config(), moments(x)).weight
+    searched = round_by_gptq(weight, scheme, torch.float32, gptq.Config(), moments(x)).weight
     assert loss(weight, searched, x) < 0.95 * by_order["activation"]
 
 
@@ -174,14 +183,14 @@ def test_margins_on_correlated_inputs(bits: int) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES, ids=name)
 def test_better_than_rtn_with_every_format(scheme: WeightScheme, order: str) -> None:
     weight, x = random_weight(64, 200), inputs(2000, 200)
-    ours = gptq.quantize(weight, scheme, torch.bfloat16, gptq.Config(order=order), moments(x)).weight
+    ours = round_by_gptq(weight, scheme, torch.bfloat16, gptq.Config(order=order), moments(x)).weight
     assert loss(weight, ours, x) < 0.6 * loss(weight, rtn.quantize(weight, scheme, torch.bfloat16, CLIP), x)
 
 
 def test_eight_bits_are_nearly_exact() -> None:
     weight, x = random_weight(64, 256), random_weight(1024, 256, 5)
     scheme = WeightScheme(bits=8, symmetric=False, group_size=128)
-    assert loss(weight, gptq.quantize(weight, scheme, torch.float32, gptq.Config(), moments(x)).weight, x) < 1e-4
+    assert loss(weight, round_by_gptq(weight, scheme, torch.float32, gptq.Config(), moments(x)).weight, x) < 1e-4
 
 
 def test_permuted_columns_give_the_permuted_result() -> None:
@@ -190,8 +199,8 @@ def test_permuted_columns_give_the_permuted_result() -> None:
     generator = torch.Generator().manual_seed(3)
     groups = torch.randperm(4, generator=generator)
     columns = torch.cat([64 * g + torch.randperm(64, generator=generator) for g in groups.tolist()])
-    one = gptq.quantize(weight, W3, torch.float32, gptq.Config(), moments(x)).weight
-    other = gptq.quantize(weight[:, columns], W3, torch.float32, gptq.Config(), moments(x[:, columns])).weight
+    one = round_by_gptq(weight, W3, torch.float32, gptq.Config(), moments(x)).weight
+    other = round_by_gptq(weight[:, columns], W3, torch.float32, gptq.Config(), moments(x[:, columns])).weight
     assert torch.equal(other.codes, one.codes[:, columns])
     assert torch.equal(other.scale, one.scale[:, groups])
 
@@ -202,8 +211,8 @@ def test_rows_are_independent(scheme: WeightScheme, order: str) -> None:
     weight, hessian = random_weight(24, 200), moments(inputs(400, 200))
     rows = torch.randperm(24, generator=torch.Generator().manual_seed(3))
     factor = torch.exp2(torch.arange(24).float() - 12)[:, None]
-    one = gptq.quantize(weight, scheme, torch.bfloat16, gptq.Config(order=order), hessian).weight
-    other = gptq.quantize((weight * factor)[rows], scheme, torch.bfloat16, gptq.Config(order=order), hessian).weight
+    one = round_by_gptq(weight, scheme, torch.bfloat16, gptq.Config(order=order), hessian).weight
+    other = round_by_gptq((weight * factor)[rows], scheme, torch.bfloat16, gptq.Config(order=order), hessian).weight
     assert torch.equal(other.codes, one.codes[rows])
     assert torch.equal(other.dequantize(), (one.dequantize() * factor)[rows])
 
@@ -218,7 +227,7 @@ def test_inputs_that_were_never_active_are_rounded_to_nearest(order: str, dampin
     mean = hessian.diagonal()[hessian.diagonal() > 0].mean()
     noisy = hessian.clone()
     noisy[dead, 100] = noisy[100, dead] = 0.01 * mean  # what rounding of large sums may leave beside a zero
-    result = gptq.quantize(weight, W4, torch.float32, gptq.Config(order=order, damping=damping), noisy)
+    result = round_by_gptq(weight, W4, torch.float32, gptq.Config(order=order, damping=damping), noisy)
     assert result.damping == damping
     group = dead // 64
     scale, zero = result.weight.scale[:, group], result.weight.zero_point[:, group].float()
@@ -232,7 +241,7 @@ def test_inputs_that_were_never_active_are_rounded_to_nearest(order: str, dampin
 
 def test_fewer_tokens_than_inputs() -> None:
     weight, x = random_weight(24, 200), inputs(50, 200)
-    result = gptq.quantize(weight, W4, torch.bfloat16, gptq.Config(), moments(x))
+    result = round_by_gptq(weight, W4, torch.bfloat16, gptq.Config(), moments(x))
     assert result.damping == 0.01
     assert loss(weight, result.weight, x) < loss(weight, rtn.quantize(weight, W4, torch.bfloat16, CLIP), x)
 
@@ -243,10 +252,10 @@ def test_damping_grows_until_the_factorisation_succeeds() -> None:
     values = moments(x).diagonal().clone()
     values[0] = -0.05 * values.mean()
     hessian = vectors @ torch.diag(values) @ vectors.t()
-    result = gptq.quantize(random_weight(8, 64), W4, torch.float32, gptq.Config(), hessian)
+    result = round_by_gptq(random_weight(8, 64), W4, torch.float32, gptq.Config(), hessian)
     assert result.fallback is None
     assert result.damping == 0.08
-    without = gptq.quantize(random_weight(8, 64), W4, torch.float32, gptq.Config(damping=0), moments(x))
+    without = round_by_gptq(random_weight(8, 64), W4, torch.float32, gptq.Config(damping=0), moments(x))
     assert without.damping == 0
 
 
@@ -261,7 +270,7 @@ def test_damping_grows_until_the_factorisation_succeeds() -> None:
 )
 def test_a_hessian_that_cannot_be_used_leaves_rtn_and_the_reason(hessian: Tensor, reason: str) -> None:
     weight = random_weight(8, 64)
-    result = gptq.quantize(weight, W4, torch.bfloat16, gptq.Config(), hessian)
+    result = round_by_gptq(weight, W4, torch.bfloat16, gptq.Config(), hessian)
     assert reason in result.fallback
     assert result.loss is result.damping is None
     assert same(result.weight, rtn.quantize(weight, W4, torch.bfloat16, rtn.Config(clip="mse")))
@@ -297,8 +306,8 @@ def test_the_container_is_that_of_rtn_and_nothing_else_changes(scheme: WeightSch
     weight[3] = 0
     before = weight.clone(), hessian.clone()
     config = gptq.Config()
-    ours = gptq.quantize(weight, scheme, dtype, config, hessian).weight
-    shared = gptq.quantize(weight, scheme, dtype, config, gptq.factorise(hessian, scheme.group_size, config)).weight
+    ours = round_by_gptq(weight, scheme, dtype, config, hessian).weight
+    shared = round_by_gptq(weight, scheme, dtype, config, gptq.factorise(hessian, scheme.group_size, config)).weight
     plain = rtn.quantize(weight, scheme, dtype, rtn.Config())
     assert torch.equal(weight, before[0])
     assert torch.equal(hessian, before[1])
@@ -350,7 +359,7 @@ def test_retargeting_brings_held_out_outputs_closer_to_the_float_model(bits: int
     hessian, cross = moments(x), moments(x, exact - x)
     errors = []
     for share in (0.0, 0.5, 1.0):
-        result = gptq.quantize(weight, scheme, torch.float32, gptq.Config(retarget=share), hessian, cross)
+        result = round_by_gptq(weight, scheme, torch.float32, gptq.Config(retarget=share), hessian, cross)
         errors.append(float((held_x @ result.weight.dequantize(torch.float64).t() - held_exact @ weight.t()).norm()))
     assert errors[2] < errors[1] < errors[0]
 

@@ -7,87 +7,47 @@ from pathlib import Path
 
 import pytest
 import torch
+from folded import Folded, Online, normal, signal_width
 from tiny_models import TINY
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from quantkit.models.block import Block, LinearInfo, Site
-from quantkit.models.checkpoint import Checkpoint
-from quantkit.models.skeleton import Skeleton
-from quantkit.models.source import load_config
+from quantkit.models.block import Block, LinearInfo, QueryKey, Site
 from quantkit.transforms import fold
 
 Tiny = Callable[..., Path]
-IDS = torch.arange(24).view(2, 12) * 7 % 199
 
 
 def factor(width: int, seed: int) -> Tensor:
-    return torch.randn(width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).exp()
-
-
-def open_model(folder: Path) -> tuple[Skeleton, Checkpoint]:
-    checkpoint, config = Checkpoint.open(folder), load_config(folder)
-    config._experts_implementation = "eager"  # the default, grouped_mm, has no float64
-    return Skeleton(config, checkpoint), checkpoint
-
-
-def read_double(skeleton: Skeleton, index: int, checkpoint: Checkpoint) -> Block:
-    """A block whose working copies and stored tensors are float64, so that only the algebra is tested.
-
-    Gemma's norms compute in float32 whatever the model's dtype: multiples of 1/256 come through that exactly.
-    """
-    block = skeleton.read_block(index, checkpoint)
-    block.tensors = {name: tensor.double() for name, tensor in block.tensors.items()}
-    for site in block.sites:
-        if site.norm_offset:
-            block.tensors[f"{site.producer}.weight"].mul_(256).round_().div_(256)
-    block.stored_dtypes = dict.fromkeys(block.tensors, torch.float64)
-    return block
-
-
-def some_factor(block: Block, site: Site, seed: int) -> Tensor:
-    """One t for ``site``; powers of two where the norm computes in float32."""
-    t = factor(block.weight(site.consumers[0]).shape[1] // site.repeats, seed)
-    return t.log2().round().exp2() if site.norm_offset else t
-
-
-def logits(folder: Path, skeleton: Skeleton, blocks: list[Block]) -> Tensor:
-    """Of the float64 model with its blocks replaced."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager").eval()
-    module_list = model.get_submodule(skeleton.blocks_path)
-    for block in blocks:
-        module_list[block.index] = skeleton.build_block(block.index, block.tensors, torch.float64)
-    with torch.inference_mode():
-        result: Tensor = model(IDS, use_cache=False).logits
-    return result
+    return normal(width, seed=seed).exp()
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_every_site_of_every_architecture_keeps_the_logits(name: str, tiny: Tiny) -> None:
-    folder = tiny(name)
-    skeleton, checkpoint = open_model(folder)
-    before = logits(folder, skeleton, [read_double(skeleton, i, checkpoint) for i in range(skeleton.num_blocks)])
-    blocks = [read_double(skeleton, i, checkpoint) for i in range(skeleton.num_blocks)]
+    model = Folded(tiny(name))
+    before = model.logits(model.blocks())
+    blocks, online = model.blocks(), Online()
     for block in blocks:
         assert block.sites
         for number, site in enumerate(block.sites):
-            t = some_factor(block, site, number)
+            t = model.factor(signal_width(block, site), number, norm=site.kind == "norm")
             applied = fold.apply_scale(block, site, t, {info.name for info in block.linears})
             torch.testing.assert_close(applied, t, rtol=1e-12, atol=0)
-    torch.testing.assert_close(logits(folder, skeleton, blocks), before, rtol=0, atol=1e-9)
+            if site.kind == "none":
+                online |= {block.prefix + consumer: (t, torch.zeros(())) for consumer in site.consumers}
+    torch.testing.assert_close(model.logits(blocks, online), before, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_every_site_changes_producer_and_consumers(name: str, tiny: Tiny) -> None:
     """Guards the test above: a fold that does nothing would pass it."""
-    skeleton, checkpoint = open_model(tiny(name))
-    for number in range(len(skeleton.sites(0))):
-        block, untouched = read_double(skeleton, 0, checkpoint), read_double(skeleton, 0, checkpoint)
+    model = Folded(tiny(name))
+    for number in range(len(model.skeleton.sites(0))):
+        block, untouched = model.block(0), model.block(0)
         site = block.sites[number]
-        fold.apply_scale(block, site, some_factor(block, site, number), set())
+        fold.apply_scale(block, site, model.factor(signal_width(block, site), number, norm=site.kind == "norm"), set())
         changed = {key for key, tensor in block.tensors.items() if not torch.equal(tensor, untouched.tensors[key])}
-        expected = {f"{module}.weight" for module in (site.producer, *site.consumers)}
-        assert changed - {f"{site.producer}.bias"} == expected
+        producer = () if site.kind == "none" else (site.producer,)
+        assert changed - {f"{site.producer}.bias"} == {f"{module}.weight" for module in (*producer, *site.consumers)}
 
 
 def norm_block(gain: Tensor, bias: Tensor | None, dtype: torch.dtype, offset: float = 0.0) -> Block:
@@ -160,6 +120,74 @@ def test_a_channel_that_would_be_rounded_to_zero_is_left_alone() -> None:
     assert applied.tolist() == [1.0, 2.0]  # 1e-4 - 1 is -1 in bfloat16
 
 
+# --- shifts of a norm ------------------------------------------------------------------------------------------------
+
+
+def with_biases(block: Block) -> Block:
+    """``norm_block`` with biases in its consumers, large beside those of the norm."""
+    biases = {"a.bias": 9 * factor(5, 11).float(), "b.bias": -9 * factor(3, 12).float()}
+    block.tensors |= biases
+    block.stored_dtypes |= dict.fromkeys(biases, block.stored_dtypes["norm.weight"])
+    return block
+
+
+def constants(block: Block) -> Tensor:
+    """[8]: what the consumers put out where the normalised input is 0."""
+    weight = torch.cat([block.weight("a"), block.weight("b")]).double()
+    bias = torch.cat([block.tensors["a.bias"], block.tensors["b.bias"]]).double()
+    return weight @ block.tensors["norm.bias"].double() + bias
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_rounded_shifts_stay_exact_however_often_they_are_folded(dtype: torch.dtype) -> None:
+    block = with_biases(norm_block(torch.rand(64) + 0.5, torch.randn(64), dtype))
+    before = constants(block)
+    for step in range(20):
+        z = normal(64, seed=step)
+        stored = block.tensors["norm.bias"].clone().double()
+        applied = fold.apply_shift(block, block.sites[0], z)
+        bias = block.tensors["norm.bias"]
+        assert torch.equal(bias, bias.to(dtype).float())  # storing it loses nothing
+        assert torch.equal(applied, stored - bias.double())
+        torch.testing.assert_close(applied, z, rtol=0, atol=20 * torch.finfo(dtype).eps)
+        assert not torch.equal(applied, z)
+    torch.testing.assert_close(constants(block), before, rtol=0, atol=20 * 2**-24 * 100)
+
+
+def test_a_shift_after_a_scale_makes_up_for_the_rounding_of_both() -> None:
+    block = with_biases(norm_block(torch.rand(64) + 0.5, 100 * torch.randn(64), torch.bfloat16))
+    before, (site,) = constants(block), block.sites
+    applied = fold.apply_scale(block, site, factor(64, 3), {"a", "b"})
+    lost = block.tensors["norm.bias"] - block.tensors["norm.bias"].bfloat16().float()
+    assert lost.abs().max() > 0.1
+    fold.apply_shift(block, site, applied)
+    assert torch.equal(block.tensors["norm.bias"], block.tensors["norm.bias"].bfloat16().float())
+    torch.testing.assert_close(constants(block), before, rtol=1e-5, atol=1e-4)
+
+
+def test_shifts_are_in_units_of_the_signal_as_it_is() -> None:
+    """z before a scale of t is z * t behind it."""
+    one, other = (with_biases(norm_block(torch.ones(8), torch.randn(8), torch.float32)) for _ in range(2))
+    t, z = torch.full((8,), 4.0), normal(8, seed=1)
+    other.tensors["norm.bias"] = one.tensors["norm.bias"].clone()
+    fold.apply_shift(one, one.sites[0], z)
+    fold.apply_scale(one, one.sites[0], t, {"a", "b"})
+    fold.apply_scale(other, other.sites[0], t, {"a", "b"})
+    fold.apply_shift(other, other.sites[0], z * t)
+    for name, tensor in one.tensors.items():
+        torch.testing.assert_close(other.tensors[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_a_router_without_a_bias_is_in_the_way() -> None:
+    block = with_biases(norm_block(torch.ones(8), torch.ones(8), torch.float32))
+    assert fold.shift_obstacle(block, block.sites[0]) is None
+    del block.tensors["b.bias"]
+    assert fold.shift_obstacle(block, block.sites[0]) == "b has no bias"
+
+
+# --- v -> o ----------------------------------------------------------------------------------------------------------
+
+
 def linear_block(dtype: torch.dtype) -> Block:
     """v -> o with 2 key/value heads of 3 channels, each read by 2 query heads; v is the end of a fused projection."""
     generator = torch.Generator().manual_seed(2)
@@ -202,6 +230,85 @@ def test_a_producer_left_in_full_precision_is_rounded_before_the_consumers_follo
     assert float(drift.abs().max()) < 0.003  # one bfloat16 rounding is 0.004
     # each fold rounds every weight once: errors of 2**-9 that add up like a random walk
     assert float((after - before).norm() / before.norm()) < 2**-9 * 10**0.5
+
+
+def test_a_shift_of_grouped_heads() -> None:
+    """Every query head of a key/value head has to make up for the same shift."""
+    block = linear_block(torch.bfloat16)
+    block.tensors["o.bias"] = torch.ones(4)
+    block.stored_dtypes["o.bias"] = torch.bfloat16
+    value, z = block.tensors["qkv.bias"].clone().double(), 5 * normal(6, seed=0)
+    applied = fold.apply_shift(block, block.sites[0], z)
+    torch.testing.assert_close(applied, z, rtol=0, atol=2**-5)  # half a step of bfloat16 at 8 to 16
+    bias = block.tensors["qkv.bias"]
+    assert torch.equal(bias, bias.bfloat16().float())
+    assert torch.equal(bias[:4].double(), value[:4])  # queries and keys
+    assert torch.equal(applied, value[4:] - bias[4:].double())
+    read = [head * 3 + channel for head in (0, 0, 1, 1) for channel in range(3)]
+    expected = 1 + block.weight("o").double() @ applied[read]
+    torch.testing.assert_close(block.tensors["o.bias"].double(), expected, rtol=1e-6, atol=0)
+
+
+def per_head(block: Block) -> Tensor:
+    """[4 query heads, 4, 5]: what each query head makes of the input, bias last."""
+    return heads_out(block).unflatten(1, (4, 3)).sum(2).movedim(1, 0)
+
+
+@pytest.mark.parametrize("chunk", [5, 1 << 18], ids=["chunks", "whole"])
+def test_a_matrix_per_key_head(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantkit.quantizers.grid.CHUNK_ELEMENTS", chunk)
+    block = linear_block(torch.float32)
+    before, value, qk = per_head(block), block.weight("qkv").clone()[4:].double(), block.weight("qkv")[:4].clone()
+    bias = block.tensors["qkv.bias"].clone()[4:].double()
+    matrix = torch.eye(3) + 0.3 * normal(2, 3, 3, seed=8)
+    fold.apply_matrix(block, block.sites[0], matrix)
+    torch.testing.assert_close(per_head(block), before, rtol=0, atol=1e-5)
+    for head in range(2):
+        rows = slice(3 * head, 3 * head + 3)
+        signal = (value[rows].T @ matrix[head]).T  # a row vector of the head's channels times the matrix
+        torch.testing.assert_close(block.weight("qkv")[4:][rows].double(), signal, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            block.tensors["qkv.bias"][4:][rows].double(), bias[rows] @ matrix[head], rtol=1e-6, atol=1e-6
+        )
+    assert torch.equal(block.weight("qkv")[:4], qk)
+
+
+def test_one_matrix_for_all_heads() -> None:
+    one, each = linear_block(torch.float32), linear_block(torch.float32)
+    matrix = torch.eye(3) + 0.3 * normal(3, 3, seed=8)
+    fold.apply_matrix(one, one.sites[0], matrix)
+    fold.apply_matrix(each, each.sites[0], matrix.expand(2, 3, 3))
+    assert all(torch.equal(one.tensors[name], tensor) for name, tensor in each.tensors.items())
+
+
+def test_matrices_that_cannot_be_folded() -> None:
+    block, before = linear_block(torch.float32), linear_block(torch.float32)
+    with pytest.raises(ValueError, match=r"value takes a matrix \[2, 3, 3\] or one for all heads, got \[4, 3, 3\]"):
+        fold.apply_matrix(block, block.sites[0], torch.eye(3).expand(4, 3, 3))
+    with pytest.raises(torch.linalg.LinAlgError, match="value: the matrix of head 1 is singular"):
+        fold.apply_matrix(block, block.sites[0], torch.stack([torch.eye(3), torch.zeros(3, 3)]))
+    assert all(torch.equal(block.tensors[name], tensor) for name, tensor in before.tensors.items())
+    norm = norm_block(torch.ones(8), None, torch.float32)
+    with pytest.raises(ValueError, match="only v -> o sites take a matrix, x is none"):
+        fold.apply_matrix(norm, norm.sites[0], torch.eye(8))
+
+
+# --- the rest --------------------------------------------------------------------------------------------------------
+
+
+def test_a_norm_of_queries_with_an_offset() -> None:
+    """Gemma 3: (1 + weight) is what t multiplies; t = 1 keeps weights that 1 + weight would round."""
+    weight = torch.tensor([1e-12, -0.25, 0.5, 3.0])
+    tensors = {"q.weight": weight.clone(), "k.weight": weight.clone()}
+    block = Block(0, "layers.0.", tensors, dict.fromkeys(tensors, torch.float32), (), ())
+    pair = QueryKey("norm", "q", "k", torch.tensor([0, 1, 0, 1]), 4, norm_offset=1.0)
+    fold.apply_qk_scale(block, pair, torch.ones(2))
+    assert torch.equal(tensors["q.weight"], weight)
+    assert torch.equal(tensors["k.weight"], weight)
+    fold.apply_qk_scale(block, pair, torch.tensor([2.0, 3.0]))
+    ratios = (1 + tensors["q.weight"]) / (1 + weight), (1 + weight) / (1 + tensors["k.weight"])
+    for ratio in ratios:
+        torch.testing.assert_close(ratio, torch.tensor([2.0, 3.0, 2.0, 3.0]))
 
 
 def test_columns_are_divided_in_chunks_in_place() -> None:

@@ -1,0 +1,110 @@
+"""The steps of a recipe with their code and checked options, in an order that makes sense."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+from pydantic import BaseModel, ValidationError
+
+from quantkit import registry
+from quantkit.errors import RecipeError, did_you_mean
+from quantkit.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class BoundStep:
+    """A step of the recipe with its code and its checked options."""
+
+    method: registry.Method
+    module: ModuleType
+    config: BaseModel
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """What it wants to know of the inputs of linears, with these options."""
+        own = getattr(self.module, "statistics", None)
+        wanted: tuple[str, ...] = self.method.statistics if own is None else own(self.config)
+        return wanted
+
+    @property
+    def needs_data(self) -> bool:
+        return bool(self.statistics) or self.method.data
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Everything that is done to a block, in this order."""
+
+    transforms: tuple[BoundStep, ...]
+    rounding: BoundStep
+    tuning: BoundStep | None
+
+    def __iter__(self) -> Iterator[BoundStep]:
+        yield from (*self.transforms, self.rounding)
+        if self.tuning:
+            yield self.tuning
+
+    @property
+    def need_data(self) -> bool:
+        return any(step.needs_data for step in self)
+
+    @property
+    def wants_float_stream(self) -> bool:
+        """Does a step compare with what the samples are in the float model?"""
+        return any("cross" in step.statistics or getattr(step.config, "target", "") == "float" for step in self)
+
+
+def bind_steps(recipe: Recipe) -> Steps:
+    """The recipe's steps, checked.
+
+    Raises:
+        RecipeError: an unknown method or option, not exactly one rounding, more than one tuning, or an order in which
+            a step could do nothing.
+    """
+    bound = [_bind(number, step.method, step.options) for number, step in enumerate(recipe.steps)]
+    roundings = [step for step in bound if step.method.kind == "rounding"]
+    if len(roundings) != 1:
+        given = " and ".join(step.method.name for step in roundings) or "none"
+        known = ", ".join(name for name, method in registry.METHODS.items() if method.kind == "rounding")
+        raise RecipeError(f"steps need exactly one rounding, got {given}; roundings: {known}.")
+    place = bound.index(roundings[0])
+    name = roundings[0].method.name
+    for number, step in enumerate(bound):
+        if step.method.kind == "transform" and number > place:
+            raise RecipeError(
+                f"step '{step.method.name}' comes after the rounding '{name}': a transform prepares weights for "
+                "rounding, so put it first."
+            )
+        if step.method.kind == "tuning" and number < place:
+            raise RecipeError(
+                f"step '{step.method.name}' comes before the rounding '{name}': it makes up for what rounding did, so "
+                "put it last."
+            )
+    seen: set[str] = set()
+    for step in bound:
+        if step.method.name in seen:
+            raise RecipeError(f"step '{step.method.name}' is given twice; a method can be used once in a run.")
+        seen.add(step.method.name)
+    tunings = [step for step in bound if step.method.kind == "tuning"]
+    if len(tunings) > 1:
+        raise RecipeError(f"steps {' and '.join(step.method.name for step in tunings)} both tune; choose one of them.")
+    return Steps(tuple(bound[:place]), roundings[0], tunings[0] if tunings else None)
+
+
+def _bind(number: int, name: str, options: dict[str, object]) -> BoundStep:
+    method = registry.get(name)
+    module = method.load()
+    try:
+        config = module.Config.model_validate(options)
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors(include_url=False):
+            key = ".".join(str(part) for part in problem["loc"])
+            if problem["type"] == "extra_forbidden":
+                problems.append(f"'{key}' is not an option. {did_you_mean(key, module.Config.model_fields)}")
+            else:
+                problems.append(f"{key} is {problem['input']!r}: {problem['msg']}")
+        raise RecipeError(f"steps.{number} ({name}): " + "; ".join(problems)) from None
+    return BoundStep(method, module, config)

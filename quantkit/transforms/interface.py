@@ -1,0 +1,101 @@
+"""What a transform is given and what it returns.
+
+A transform is a module with ``Config``, ``online(sites, linears, config)`` and ``solve(situation, config)``. It
+computes numbers; ``transforms/apply.py`` and ``fold.py`` write them into the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from quantkit.models.block import Block, Site
+from quantkit.quantizers import rtn
+from quantkit.recipe import Scheme, WeightScheme
+
+if TYPE_CHECKING:
+    from quantkit.calibrate.observe import BlockStatistics
+    from quantkit.calibrate.replay import Replay
+
+InputOp = Literal["scale", "shift"]
+Online = dict[str, frozenset[InputOp]]
+"""Linear -> what may be done to its input at run time."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What the calibration samples do in the block as it is."""
+
+    statistics: BlockStatistics
+    """Of the inputs of every consumer of a site and every quantised linear; what the method's row asks for."""
+    replay: Callable[[Site, int], Replay]
+    """(site, tokens) -> the part of the block that the consumers of ``site`` belong to, with what entered it for about
+    that many calibration tokens: it computes what comes out for other weights and inputs of these consumers."""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a transform may look at. Nothing here is to be changed."""
+
+    block: Block
+    """Its tensors as the transforms before left them."""
+    linears: Collection[str]
+    """The linears of the block that will be quantised."""
+    scheme: Scheme
+    """Of the run; ``weights`` is there. Per linear: ``weights_of``."""
+    weights_of: Callable[[str], WeightScheme]
+    """Linear -> its weight scheme, symmetry and group size decided."""
+    scale_dtype: torch.dtype
+    """Of stored weight scales."""
+    rounding: str
+    """Name of the rounding that follows."""
+    seed: int
+    observed: Observed | None
+    """None for a method that wants neither statistics nor data."""
+    note: Callable[[str], None] = field(default=lambda text: None)
+    """Tell the user something about this model, once per run and text."""
+
+    def rounded(self, name: str, weight: Tensor) -> Tensor:
+        """float32 ``weight`` [rows, columns] of the linear ``name`` as round to nearest leaves it, dequantised.
+
+        What searches judge candidates by: the deployed grid, with the plain range of every group.
+        """
+        return rtn.quantize(weight, self.weights_of(name), self.scale_dtype, _PLAIN).dequantize()
+
+
+_PLAIN = rtn.Config(clip="minmax")
+
+
+@dataclass(frozen=True)
+class SiteChange:
+    """signal becomes (signal - shift) * scale; the consumers undo it."""
+
+    scale: Tensor | None = None
+    """[signal width], positive; None: 1."""
+    shift: Tensor | None = None
+    """[signal width]; None: 0. Only where ``fold.shift_obstacle`` sees none."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Numbers for one block. What is left out stays as it is."""
+
+    sites: Mapping[str, SiteChange] = field(default_factory=dict)
+    """Site name -> change of its signal, folded into producer and consumers (online where nothing can be folded)."""
+    linears: Mapping[str, Tensor] = field(default_factory=dict)
+    """Linear name -> t [in_features], positive: its input is multiplied by t at run time, its columns divided."""
+    limits: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Linear name -> (lowest, highest), each [rows, groups]: weights are clamped to them before they are rounded. In
+    the units that the weights have once ``sites`` and ``linears`` are applied."""
+    facts: list[dict[str, Any]] = field(default_factory=list)
+    """JSON-ready lines for the run record, one per site or linear: ``site`` or ``linear``, losses before and after,
+    what was chosen."""
+
+
+def online_sites(sites: Iterable[Site], linears: Collection[str], ops: Collection[InputOp]) -> Online:
+    """For transforms of sites: the quantised consumers of sites whose producer can hold nothing."""
+    return {name: frozenset(ops) for site in sites if site.kind == "none" for name in site.consumers if name in linears}

@@ -23,6 +23,7 @@ import typer
 
 from quantkit.errors import RecipeError, did_you_mean
 from quantkit.eval.environment import environment
+from quantkit.eval.tables import markdown
 
 METHODS = ["rtn", "sinq", "sinq+gptq"]
 SCHEMES = ["W4A16G64", "W3A16G64", "W2A16G64"]
@@ -120,7 +121,6 @@ def markdown_table(original: Row, rows: Sequence[Row]) -> str:
     texts = list(original.perplexity)
     lines = [
         ["method", "scheme", "bits per weight", "format", "checkpoint", *(f"perplexity, {name}" for name in texts)],
-        ["---"] * (5 + len(texts)),
     ]
     for row in (original, *rows):
         numbers = [f"{row.perplexity[name]:.2f}" for name in texts]
@@ -129,10 +129,7 @@ def markdown_table(original: Row, rows: Sequence[Row]) -> str:
             numbers = [f"{number} ({change:+.1%})" for number, change in zip(numbers, changes, strict=True)]
         bits = "" if row.bits_per_weight is None else f"{row.bits_per_weight:.2f}"
         lines.append([row.method, row.scheme, bits, row.format, f"{row.checkpoint_bytes / 1e6:.2f} MB", *numbers])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    )
+    return markdown(lines)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ which is the papers' mean over the windows' mean losses, because all windows are
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +45,27 @@ class Perplexity:
     """How it was measured, in one sentence."""
 
 
-def perplexity(
+@dataclass(frozen=True)
+class WindowLosses:
+    """What a perplexity is made of: windows of the same text can be compared one by one between models."""
+
+    nll: Tensor
+    """[windows] float64: mean of -log p over the predicted tokens of each."""
+    seqlen: int
+    protocol: str
+
+    def perplexity(self) -> Perplexity:
+        windows = len(self.nll)
+        value = float(self.nll.mean().exp())
+        return Perplexity(value, windows * (self.seqlen - 1), windows, self.seqlen, self.protocol)
+
+
+def perplexity(model: PreTrainedModel, tokenizer: Any, text: Text, **settings: Any) -> Perplexity:
+    """Perplexity of ``model`` on ``text``; arguments and errors are those of ``window_losses``."""
+    return window_losses(model, tokenizer, text, **settings).perplexity()
+
+
+def window_losses(
     model: PreTrainedModel,
     tokenizer: Any,
     text: Text,
@@ -56,8 +75,8 @@ def perplexity(
     batch_size: int = 1,
     bos: bool = False,
     on_progress: OnProgress | None = None,
-) -> Perplexity:
-    """Perplexity of ``model`` on ``text``.
+) -> WindowLosses:
+    """Mean loss of ``model`` on every window of ``text``.
 
     Args:
         seqlen: tokens per window; default: 2048, or as many as the model has positions.
@@ -81,28 +100,21 @@ def perplexity(
             f"the tokenizer gives token {int(windows.max())} but the model embeds only {vocabulary}: they do not "
             "belong together; put the model's own tokenizer files into its folder."
         )
-    nll = torch.zeros((), dtype=torch.float64)
+    losses = []
     for first in range(0, len(windows), batch_size):
         batch = windows[first : first + batch_size]
-        loss = _summed_loss(model, batch)
-        if not math.isfinite(loss):
+        losses.append(_summed_losses(model, batch))
+        if not losses[-1].isfinite().all():
             last = first + len(batch)
             raise QuantkitError(
                 f"the model's logits on windows {first + 1} to {last} of {text.name} are not finite: its weights are "
                 "broken, or its dtype overflows; try --dtype float32."
             )
-        nll += loss
         if on_progress:
             on_progress(f"perplexity of {text.name}", min(first + batch_size, len(windows)), len(windows))
     length = windows.shape[1]
-    tokens = len(windows) * (length - 1)
-    return Perplexity(
-        value=float((nll / tokens).exp()),
-        tokens=tokens,
-        windows=len(windows),
-        seqlen=length,
-        protocol=_protocol(len(windows), length, seqlen, len(stream), bos),
-    )
+    protocol = _protocol(len(windows), length, seqlen, len(stream), bos)
+    return WindowLosses(torch.cat(losses) / (length - 1), length, protocol)
 
 
 def _window_length(model: PreTrainedModel, seqlen: int | None) -> int:
@@ -141,15 +153,18 @@ def _windows(stream: Tensor, seqlen: int, bos_id: int | None, text: Text) -> Ten
 
 
 @torch.inference_mode()
-def _summed_loss(model: PreTrainedModel, batch: Tensor) -> float:
-    """Sum of -log p over the predicted tokens of batch [B, T]; only a few rows of logits are float32 at a time."""
+def _summed_losses(model: PreTrainedModel, batch: Tensor) -> Tensor:
+    """[B] float64: sum of -log p over the predicted tokens of each window of batch [B, T].
+
+    Only a few rows of logits are float32 at a time.
+    """
     logits = model(input_ids=batch.to(model.device), use_cache=False).logits  # [B, T, V]
     targets = batch.to(logits.device)
-    total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    for window, tokens in zip(logits[:, :-1], targets[:, 1:], strict=True):
+    total = torch.zeros(len(batch), dtype=torch.float64)
+    for number, (window, tokens) in enumerate(zip(logits[:, :-1], targets[:, 1:], strict=True)):
         for rows, wanted in zip(window.split(TOKENS_PER_CHUNK), tokens.split(TOKENS_PER_CHUNK), strict=True):
-            total += cross_entropy(rows.float(), wanted, reduction="none").double().sum()
-    return float(total)
+            total[number] += cross_entropy(rows.float(), wanted, reduction="none").double().sum().cpu()
+    return total
 
 
 def _protocol(windows: int, length: int, seqlen: int, stream: int, bos: bool) -> str:

@@ -1,0 +1,94 @@
+"""A sweep runs every cell once, goes on where it stopped, and keeps the reason of a cell that failed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+import yaml
+from tiny_models import save_tiny
+from tiny_tokenizer import VOCABULARY, save_tokenizer
+from typer.testing import CliRunner
+
+from quantkit.errors import RecipeError
+from quantkit.eval import sweep, tables
+
+PLAN = {
+    "models": {"tiny": "tiny", "tiny spread": {"path": "tiny", "edits": ["spread"]}},
+    "texts": {"words": "words.txt"},
+    "seqlen": 16,
+    "tables": [{"models": ["tiny", "tiny spread"], "methods": ["rtn", "nosuch"], "schemes": ["W3A16G32"]}],
+}
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    save_tiny("llama", tmp_path / "tiny", vocab_size=VOCABULARY)
+    save_tokenizer(tmp_path / "tiny")
+    (tmp_path / "words.txt").write_text("the cat sat on the mat and looked at the moon " * 12)
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(PLAN))
+    return tmp_path
+
+
+def run(root: Path) -> None:
+    sweep.main(root / "plan.yaml", output=root / "out.jsonl", root=root, jobs=1)
+
+
+def test_every_cell_once_and_failures_with_their_reason(root, monkeypatch):
+    run(root)
+    cells = sweep.read_cells(root / "out.jsonl")
+    assert [tuple(cell) for cell in cells] == [
+        ("tiny", sweep.AS_IT_CAME, ""), ("tiny", "rtn", "W3A16G32"), ("tiny", "nosuch", "W3A16G32"),
+        ("tiny spread", sweep.AS_IT_CAME, ""), ("tiny spread", "rtn", "W3A16G32"),
+        ("tiny spread", "nosuch", "W3A16G32"),
+    ]  # fmt: skip
+    failed = cells[sweep.Cell("tiny", "nosuch", "W3A16G32")]
+    assert "unknown method 'nosuch'" in failed["error"]
+    measured = {model: cells[sweep.Cell(model, sweep.AS_IT_CAME, "")]["texts"]["words"] for model in PLAN["models"]}
+    assert measured["tiny spread"]["perplexity"] == pytest.approx(measured["tiny"]["perplexity"], rel=1e-4)
+    nll = torch.tensor(measured["tiny"]["nll"], dtype=torch.float64)
+    assert float(nll.mean().exp()) == pytest.approx(measured["tiny"]["perplexity"], rel=1e-4)
+
+    # a kill in the middle of a line: the rest is kept, the cut cell is run again
+    text = (root / "out.jsonl").read_text()
+    (root / "out.jsonl").write_text(text[: text.rindex("nosuch")])
+    ran = []
+    monkeypatch.setattr(sweep._Work, "run", lambda self, cell: ran.append(cell) or cell._asdict() | {"error": "again"})
+    run(root)
+    assert ran == [sweep.Cell("tiny spread", "nosuch", "W3A16G32")]
+    assert len(sweep.read_cells(root / "out.jsonl")) == 6
+
+
+def test_tables_show_the_change_and_what_failed(root):
+    run(root)
+    app = typer.Typer()
+    app.command()(tables.main)
+    shown = CliRunner().invoke(app, [str(root / "out.jsonl"), "--text", "words"]).stdout
+    cells = sweep.read_cells(root / "out.jsonl")
+    before = cells[sweep.Cell("tiny", sweep.AS_IT_CAME, "")]["texts"]["words"]["perplexity"]
+    after = cells[sweep.Cell("tiny", "rtn", "W3A16G32")]["texts"]["words"]["perplexity"]
+    assert "| rtn" in shown
+    assert f"{after:.2f} ({after / before - 1:+.1%})" in shown
+    assert "| nosuch" in shown
+    assert "failed" in shown
+    with pytest.raises(RecipeError, match="'gptq' was not measured on tiny; measured: rtn, nosuch"):
+        tables.model_table(cells, "tiny", "words", against="gptq")
+
+
+def test_a_method_against_itself_is_no_change(root):
+    run(root)
+    cells = sweep.read_cells(root / "out.jsonl")
+    twin = {sweep.Cell(c.model, "twin" if c.method == "rtn" else c.method, c.scheme): line for c, line in cells.items()}
+    table = tables.model_table(cells | twin, "tiny", "words", against="rtn")
+    assert "+0.0% [+0.0%, +0.0%]" in table
+
+
+def test_plans_that_cannot_be_run(root):
+    path = root / "plan.yaml"
+    path.write_text(yaml.safe_dump(PLAN | {"tables": [{"models": ["big"], "methods": ["rtn"], "schemes": ["W4A16"]}]}))
+    with pytest.raises(RecipeError, match="model 'big' of a table is not among models"):
+        sweep.load_sweep(path)
+    path.write_text(json.dumps(PLAN | {"text": {}}))
+    with pytest.raises(RecipeError, match=r"plan.yaml: text: Extra inputs"):
+        sweep.load_sweep(path)

@@ -224,14 +224,6 @@ def test_option_of_a_method_that_does_not_exist(source, tmp_path):
     assert "Did you mean 'sweeps'" in line
 
 
-def test_option_that_a_run_cannot_honour(source, tmp_path):
-    recipe = tmp_path / "recipe.json"
-    recipe.write_text(json.dumps({"scheme": "W4A16G64", "steps": [{"method": "gptq", "options": {"retarget": 0.5}}]}))
-    code, line = refused(source, tmp_path / "out", "--recipe", recipe)
-    assert code == 2
-    assert "retarget" in line
-
-
 def test_hub_id_without_network(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -77,9 +77,22 @@ def test_quantised_activations_are_what_gptq_sees(source, tmp_path):
     assert all(row["fallback"] is None for row in rows(out))
 
 
-@pytest.mark.parametrize("scheme", ["W3A16G32", "W4A8"])
-def test_a_stopped_run_goes_on_to_the_same_bytes(source, tmp_path, monkeypatch, scheme):
-    request = {"method": "sinq+gptq", "scheme": scheme, "calibration": CALIBRATION}
+ASYMMETRIC = {"scheme": "W3A16G32", "steps": [{"method": "gptq", "options": {"retarget": 0.5}}]}
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"method": "sinq+gptq", "scheme": "W3A16G32"},
+        {"method": "sinq+gptq", "scheme": "W4A8"},
+        {"method": "smoothquant", "scheme": "W8A8TS"},
+        {"recipe": ASYMMETRIC},
+        {"recipe": ASYMMETRIC | {"scheme": "W4A8"}},
+    ],
+    ids=str,
+)
+def test_a_stopped_run_goes_on_to_the_same_bytes(source, tmp_path, monkeypatch, request_):
+    request = request_ | {"calibration": CALIBRATION}
     quantkit.quantize(str(source("qwen2_moe")), output=tmp_path / "whole", **request)
 
     def stop_at_the_second_block(self, key, *rest):
@@ -98,6 +111,20 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(source, tmp_path, monkeypatch, 
     assert whole.keys() == resumed.keys()
     for name in whole:
         assert torch.equal(whole[name], resumed[name]), name
+
+
+def test_asymmetric_calibration_compares_with_the_float_model(source, tmp_path):
+    """The weights of the second block are moved by what the first block's rounding did; those of the first are not."""
+    codes = {}
+    for retarget in (0.0, 0.5):
+        steps = [{"method": "gptq", "options": {"retarget": retarget}}]
+        out = tmp_path / str(retarget)
+        recipe = ASYMMETRIC | {"steps": steps}
+        quantkit.quantize(str(source("llama")), output=out, recipe=recipe, calibration=CALIBRATION)
+        codes[retarget] = load_file(out / "model.safetensors")
+    moved = {name for name in codes[0.0] if not torch.equal(codes[0.0][name], codes[0.5][name])}
+    assert "model.layers.1.self_attn.q_proj.weight_packed" in moved
+    assert all(name.startswith("model.layers.1.") for name in moved)
 
 
 def test_hqq_needs_no_data_and_beats_rtn_in_weight_error(tiny, tmp_path):

@@ -7,10 +7,12 @@ import pytest
 import torch
 from handmade import layer_format, load_plain, logits, quantise
 from safetensors.torch import load_file, save_file
+from tiny_models import load_tiny
 
 import quantkit
 from quantkit.errors import QuantkitError
 from quantkit.layers.quant_linear import QuantLinear
+from quantkit.loading import check_writes_text
 
 Tiny = Callable[..., Path]
 FOUR = layer_format("W4ZA16G32")
@@ -34,6 +36,20 @@ def test_a_float_model(tiny: Tiny):
     assert not model.training
     assert tokenizer is None
     assert torch.equal(logits(model), logits(load_plain(tiny("llama", torch.bfloat16))))
+
+
+@pytest.mark.parametrize("name", ["bert", "bert_classifier"])
+def test_the_class_is_the_one_that_was_saved(tiny: Tiny, name):
+    model, _ = quantkit.load(tiny(name))
+    expected = load_tiny(tiny(name))
+    assert type(model) is type(expected)
+    assert torch.equal(logits(model), logits(expected))
+    with pytest.raises(QuantkitError, match=f"a test needs a causal language model.*{type(expected).__name__}"):
+        check_writes_text(model, "a test")
+
+
+def test_a_causal_model_writes_text(tiny: Tiny):
+    check_writes_text(quantkit.load(tiny("llama"))[0], "a test")
 
 
 def test_the_demo_model_comes_with_its_tokenizer():

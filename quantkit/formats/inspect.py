@@ -74,7 +74,7 @@ def inspect_checkpoint(folder: Path) -> CheckpointReport:
         if suffix == "weight_shape":
             out_features, in_features = checkpoint.read(name).tolist()
             shapes[stored] = (out_features, in_features)
-        elif suffix == "weight" and len(info.shape) == 2:
+        elif suffix == "weight" and f"{stored}.weight_scale" in checkpoint.names:
             shapes.setdefault(stored, (info.shape[0], info.shape[1]))
     layers = []
     for stored, shape in shapes.items():

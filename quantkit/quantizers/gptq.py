@@ -56,7 +56,7 @@ class Config(BaseModel, frozen=True, extra="forbid"):
         ge=0,
         le=1,
         description="share of the difference between the inputs here and in the float model that the weights make up "
-        "for (GPTAQ); 0.5 below 4 tokens per input, up to 1 above, 0: none",
+        "for (GPTAQ): 0.25 helps a little at 2 bits; much more shrinks what the weights emit, block after block",
     )
 
 
@@ -192,8 +192,9 @@ def _processing_order(diagonal: Tensor, group_size: int, order: str) -> Tensor:
 def retargeted_weight(weight: Tensor, cross: Tensor, factor: Factor, alpha: float) -> Tensor:
     """W + alpha * W D (H + damping)^-1, [out_features, in_features]: what to round when X are not the float inputs.
 
-    At alpha 1 and damping 0, ||X Q^T - X' W^T||**2 = ||X (Q - W*)^T||**2 + const (D is ``cross``). Both the damping and
-    an alpha below 1 guard against fitting the noise of few tokens: 0.5 below 4 tokens per input, up to 1 above.
+    At alpha 1 and damping 0, ||X Q^T - X' W^T||**2 = ||X (Q - W*)^T||**2 + const (D is ``cross``). Like every regression
+    on noisy inputs it shrinks: what an early block's error has blurred is not predicted but averaged away, and behind
+    several blocks of 2 bits alpha 1 costs far more than it wins. An alpha of about 0.25 keeps the gain.
     """
     root = factor.root.to(weight.dtype)
     shift = (weight @ cross.to(weight.dtype)).t().index_select(0, factor.order)

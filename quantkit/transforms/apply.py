@@ -59,12 +59,21 @@ class Transformed:
                 if name in self.quantised:
                     self._apply_online(name, change.scale, change.shift)
             return
-        if change.shift is not None:
-            fold.apply_shift(self.block, site, change.shift)
+        # The scale first: it leaves a norm's bias unrounded, and folding a shift makes up for that rounding.
+        applied = torch.ones(1, dtype=torch.float64)
         if change.scale is not None:
-            columns = fold.consumer_columns(site, fold.apply_scale(self.block, site, change.scale, self.quantised))
+            applied = fold.apply_scale(self.block, site, change.scale, self.quantised)
             for name in site.consumers:
-                self._divided(name, columns)
+                self._divided(name, fold.consumer_columns(site, applied))
+        if change.shift is not None:
+            # Biases make up for a shift of the signal, so the weights have to be those that meet the signal itself.
+            scales = [(name, self.input_of(name).scale) for name in site.consumers]
+            online = [(self.block.weight(name), t.double()) for name, t in scales if t is not None]
+            for weight, t in online:
+                fold.divide_columns(weight, t.reciprocal())
+            fold.apply_shift(self.block, site, change.shift.double() * applied)
+            for weight, t in online:
+                fold.divide_columns(weight, t)
 
     def _apply_online(self, name: str, scale: Tensor | None, shift: Tensor | None) -> None:
         """Input x -> (x - shift) * scale for the linear alone, behind what is done to it already.

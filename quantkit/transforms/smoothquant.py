@@ -9,7 +9,7 @@ to do at inference. A channel that is zero on either side has no outlier to move
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, Field
@@ -26,10 +26,8 @@ _ALPHAS = tuple(round(0.4 + 0.05 * step, 2) for step in range(12))
 class Config(BaseModel, frozen=True, extra="forbid"):
     """Options of ``smoothquant``."""
 
-    alpha: float | Literal["search"] = Field(
+    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = Field(
         0.5,
-        ge=0,
-        le=1,
         description="share of the outliers that moves into the weights: 0.8 to 0.9 suits many newer models; search: "
         "per site the best of 0.40, 0.45 .. 0.95 by the error of the quantised output",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,3 +87,13 @@ def test_a_model_without_tokenizer(tiny: Callable[..., Path], text: Path) -> Non
     done = CliRunner().invoke(app, ["eval", str(tiny("llama")), "--ppl", str(text)])
     assert done.exit_code == 1
     assert "has no tokenizer files" in done.stderr
+
+
+def test_a_model_that_predicts_no_next_token(speechless_model: Path, text: Path) -> None:
+    done = CliRunner().invoke(app, ["eval", str(speechless_model), "--ppl", str(text)])
+    assert done.exit_code == 1
+    assert re.fullmatch(
+        r"quantkit: perplexity needs a causal language model.* is a BertFor(MaskedLM|SequenceClassification)\.\n",
+        done.stderr,
+    )
+    assert done.stdout == ""

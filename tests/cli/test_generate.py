@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -76,3 +77,13 @@ def test_bad_requests(speaking_model: Path, arguments: list[str], message: str) 
     assert done.exit_code == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_model_that_predicts_no_next_token(speechless_model: Path) -> None:
+    done = run(speechless_model, PROMPT)
+    assert done.exit_code == 1
+    assert re.fullmatch(
+        r"quantkit: generating text needs a causal language model.* is a BertFor(MaskedLM|SequenceClassification)\.\n",
+        done.stderr,
+    )
+    assert done.stdout == ""

@@ -57,6 +57,15 @@ def test_inspect_agrees_with_the_files(tiny, tmp_path):
         assert "W4SA16G32" in table
 
 
+def test_inspect_of_a_portable_checkpoint_counts_no_embedding(tiny, tmp_path):
+    """compressed-tensors formats hold for "every Linear" by default, and an embedding's weight looks like one."""
+    result = json.loads(run("quantize", tiny("llama"), "--json", "--scheme", "W8A8", "-o", tmp_path / "out"))
+    report = json.loads(run("inspect", tmp_path / "out", "--json"))
+    assert report["quant_method"] == "compressed-tensors"
+    assert len(report["layers"]) == result["layers"]
+    assert report["bits_per_weight"] == pytest.approx(result["bits_per_weight"])
+
+
 def test_the_saved_recipe_repeats_the_run(tiny, tmp_path):
     flags = ("--method", "sinq", "--scheme", "W3A16G32", "--ignore", "*.k_proj")
     run("quantize", tiny("llama"), *flags, "-o", tmp_path / "a")

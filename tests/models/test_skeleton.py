@@ -126,6 +126,26 @@ def test_fused_experts(name: str, tiny: Callable[..., Path], tmp_path: Path) -> 
     assert three_d[0].checkpoint_name(f"{prefix}.2.{gate}.weight_packed") == f"{prefix}.2.{gate}.weight_packed"
 
 
+def test_bert_as_it_was_published(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Norms with gamma and beta, and heads that the class in config.json does not have."""
+    heads = {"cls.seq_relationship.weight": torch.ones(2, 64), "bert.pooler.dense.bias": torch.ones(64)}
+
+    def change(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        for new, old in (("weight", "gamma"), ("bias", "beta")):
+            stored = {key.replace(f"LayerNorm.{new}", f"LayerNorm.{old}"): tensor for key, tensor in stored.items()}
+        return stored | heads
+
+    rewrite(tiny("bert"), tmp_path, change)
+    (now, checkpoint), (old, published) = skeleton_of(tiny("bert")), skeleton_of(tmp_path)
+    old.check(published)
+    assert set(old.extra_tensors()) == set(heads)
+    found, expected = old.read_block(1, published), now.read_block(1, checkpoint)
+    assert set(found.tensors) == set(expected.tensors)
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
+    norm = "bert.encoder.layer.1.output.LayerNorm"
+    assert old.checkpoint_name(f"{norm}.weight") == f"{norm}.gamma"
+
+
 def test_extra_tensors(tiny: Callable[..., Path], tmp_path: Path) -> None:
     """Blocks beyond the model's (multi-token prediction) and old rotary buffers."""
     extra = {

@@ -9,9 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    LlamaConfig,
+)
 
 from quantkit.errors import QuantkitError, RecipeError
-from quantkit.models.source import load_config, resolve
+from quantkit.models.source import auto_class, load_config, resolve
 
 
 @pytest.fixture
@@ -30,6 +37,20 @@ def change_config(folder: Path, **changes: Any) -> None:
 def test_local_folder(folder: Path) -> None:
     assert resolve(str(folder)) == folder
     assert load_config(folder).model_type == "llama"
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (None, AutoModelForCausalLM),
+        (["LlamaForCausalLM"], AutoModelForCausalLM),
+        (["LlamaForSequenceClassification"], AutoModelForSequenceClassification),
+        (["SomebodysOwnModel"], AutoModelForCausalLM),
+    ],
+)
+def test_the_first_architecture_decides_the_class(names: list[str] | None, expected: type) -> None:
+    assert auto_class(LlamaConfig(architectures=names)) is expected
+    assert auto_class(BertConfig(architectures=["BertForMaskedLM", *(names or ())])) is AutoModelForMaskedLM
 
 
 def test_demo() -> None:

@@ -14,20 +14,27 @@ EXAMPLES = """Examples:
 quantkit inspect out
 
 quantkit inspect out --sort error --json
+
+quantkit inspect out --blocks
 """
 
 
 def inspect(
     folder: Annotated[Path, typer.Argument(help="folder written by `quantkit quantize`")],
     sort: Annotated[str, typer.Option(help="model (order in the model), error (worst first) or size")] = "model",
+    blocks: Annotated[
+        bool, typer.Option("--blocks", help="per block of the run instead: time, memory, losses")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
     """Per-layer table of a quantised checkpoint: scheme, bits per weight as stored, size, weight error."""
     from quantkit.formats.inspect import inspect_checkpoint
+    from quantkit.formats.summary import block_events, block_rows, summarise
 
     if sort not in ("model", "error", "size"):
         raise typer.BadParameter(f"'{sort}' is not one of model, error, size", param_hint="--sort")
     report = inspect_checkpoint(folder)
+    events = block_events(report.record)
     layers = list(report.layers)
     if sort == "error":
         layers.sort(key=lambda layer: -(layer.error or 0))
@@ -49,8 +56,13 @@ def inspect(
             "quant_method": report.method,
             "bits_per_weight": report.bits_per_weight,
             "bytes": report.total_bytes,
+            "blocks": [{key: value for key, value in event.items() if key != "layers"} for event in events],
         }
         print_json(summary | {"layers": rows})
+        return
+    if blocks:
+        heads, rows_of_blocks = block_rows(report.record)
+        table(heads, rows_of_blocks, right=heads[:4])
         return
     table(
         ["layer", "out x in", "stored as", "bits/weight", "size", "weight error"],
@@ -71,3 +83,5 @@ def inspect(
         f"{len(layers)} quantised linears ({report.method}) at {report.bits_per_weight:.3f} bits per weight; "
         f"checkpoint {size(report.total_bytes)}"
     )
+    for line in summarise(report.record):
+        print(line)

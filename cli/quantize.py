@@ -54,6 +54,12 @@ def quantize(
     nsamples: Annotated[int | None, typer.Option(help="calibration windows  [default: 64]")] = None,
     seqlen: Annotated[int | None, typer.Option(help="tokens per calibration window  [default: 512]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="calibration windows per forward pass  [default: 8]")] = None,
+    max_memory: Annotated[
+        float | None,
+        typer.Option(
+            help="GiB that calibration's hidden states may take; more of them are kept on disk  [default: all]"
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="seed of everything random")] = None,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="keep layers with NaN or Inf in full precision")
@@ -71,7 +77,14 @@ def quantize(
     """Quantise MODEL block by block and prove that the saved checkpoint reloads."""
     from quantkit.presets import expand
 
-    samples = {"source": calibration, "nsamples": nsamples, "seqlen": seqlen, "batch_size": batch_size, "seed": seed}
+    samples = {
+        "source": calibration,
+        "nsamples": nsamples,
+        "seqlen": seqlen,
+        "batch_size": batch_size,
+        "seed": seed,
+        "max_memory": max_memory,
+    }
     expanded = expand(
         recipe, method=method, scheme=scheme, ignore=tuple(ignore) if ignore else None, format=format, dtype=dtype,
         seed=seed, allow_nonfinite=allow_nonfinite or None,
@@ -88,6 +101,8 @@ def quantize(
         return
     if output is None:
         raise RecipeError("no output folder given; add -o OUT (or --dry-run to see the plan only).")
+    from quantkit.formats.summary import summarise
+    from quantkit.formats.writer import RUN_RECORD, read_record
     from quantkit.pipeline import quantize as run
 
     with Progress(quiet=as_json) as progress:
@@ -103,6 +118,8 @@ def quantize(
         f"{size(result.source_bytes)} -> {size(result.output_bytes)}, {result.seconds:.1f} s, "
         f"peak memory {size(result.peak_rss_bytes)}"
     )
+    for line in summarise(read_record(result.output / RUN_RECORD)):
+        print(line)
     print(f"reload checked; loads in {result.loads_in}")
 
 

@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,14 @@ HIDDEN, INTERMEDIATE, VOCAB = 1024, 2816, 32000
 HEADS, KV_HEADS = 16, 4
 
 
-def write_random_llama(folder: Path, blocks: int, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE) -> int:
+def write_random_llama(
+    folder: Path,
+    blocks: int,
+    hidden: int = HIDDEN,
+    intermediate: int = INTERMEDIATE,
+    heads: int = HEADS,
+    kv_heads: int = KV_HEADS,
+) -> int:
     """A bf16 Llama checkpoint with Gaussian weights, a shard per block; returns how many weights its linears have."""
     import torch
     from safetensors.torch import save_file
@@ -29,13 +37,13 @@ def write_random_llama(folder: Path, blocks: int, hidden: int = HIDDEN, intermed
 
     folder.mkdir(parents=True)
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=blocks, num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS, vocab_size=VOCAB, architectures=["LlamaForCausalLM"], dtype="bfloat16",
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=blocks, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=VOCAB, architectures=["LlamaForCausalLM"], dtype="bfloat16",
         tie_word_embeddings=False,
     )  # fmt: skip
     config.save_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
-    kv = hidden // HEADS * KV_HEADS
+    kv = hidden // heads * kv_heads
     shapes = {
         "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
         "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (intermediate, hidden),
@@ -66,10 +74,10 @@ def write_random_llama(folder: Path, blocks: int, hidden: int = HIDDEN, intermed
     return blocks * sum(rows * columns for rows, columns in shapes.values())
 
 
-def run_quantize(source: Path, output: Path, method: str, scheme: str) -> dict[str, Any]:
+def run_quantize(source: Path, output: Path, method: str, scheme: str, flags: Sequence[str] = ()) -> dict[str, Any]:
     """``quantkit quantize`` in a process of its own: what it prints with ``--json``, and the seconds of each block."""
     command = [sys.executable, "-m", "quantkit", "quantize", str(source), "-o", str(output)]
-    command += ["--method", method, "--scheme", scheme, "--overwrite", "--json"]
+    command += ["--method", method, "--scheme", scheme, "--overwrite", "--json", *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")

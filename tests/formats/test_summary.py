@@ -15,10 +15,12 @@ def site(before, after, low, high):
 
 RECORD = [
     {"event": "begin"},
-    {"event": "shard", "block": 1, "seconds": 5.0, "peak_rss_bytes": 3_000_000, "layers": [layer(0.3, None, "no tokens")],
+    {"event": "shard", "block": 1, "seconds": 5.0, "peak_rss_bytes": 3_000_000,
+     "layers": [layer(0.3, None, "no tokens")],
      "transforms": [site(0.5, 0.5, 1.0, 1.0)],
      "tuning": {"method": "norm-tweaking", "loss_before": 2.0, "loss": 2.0, "accepted": False}},
-    {"event": "shard", "block": 0, "seconds": 2.0, "peak_rss_bytes": 2_000_000, "layers": [layer(0.1), layer(0.2, 0.04)],
+    {"event": "shard", "block": 0, "seconds": 2.0, "peak_rss_bytes": 2_000_000,
+     "layers": [layer(0.1), layer(0.2, 0.04)],
      "transforms": [site(0.4, 0.1, 0.5, 8.0), site(0.2, 0.1, 1.0, 2.0)],
      "tuning": {"method": "norm-tweaking", "loss_before": 2.0, "loss": 1.0, "accepted": True}},
 ]  # fmt: skip

@@ -185,7 +185,7 @@ class BlockQuantizer:
         module = self._dense_module(state, formats)
         want: Any = step.statistics
         reference = self._dense_module(state, {}) if "cross" in want and self._recipe.scheme.activations else None
-        statistics = session.observe(module, names, want, reference)
+        statistics = session.observe(module, names, want, reference=reference)
         for path, samples in sorted(statistics.nonfinite.items()):
             self._warn(
                 f"{state.block.prefix}{path}: the input holds NaN or Inf for calibration samples "
@@ -334,7 +334,8 @@ class BlockQuantizer:
             return
         from quantkit.calibrate.ranges import static_range
 
-        statistics = session.observe(self._dense_module(state, {}), list(static), ("range", "tokens"))
+        module = self._dense_module(state, {})
+        statistics = session.observe(module, list(static), ("range", "tokens"), skip_first=0)  # none may be clipped
         for name, layer in static.items():
             assert layer.activations is not None
             scale, zero_point = static_range(statistics.inputs[name], layer.activations, self._plan.scale_dtype)

@@ -149,7 +149,7 @@ def make_plan(recipe: Recipe, source: Path, skeleton: Skeleton, checkpoint: Chec
         scale_dtype=scale_dtype,
         source_bytes=checkpoint.nbytes,
         output_bytes=quantised + rest,
-        peak_bytes=_peak_bytes(layers, skeleton, checkpoint),
+        peak_bytes=_peak_bytes(layers, skeleton, checkpoint) + _calibration_bytes(layers, steps, calibration, skeleton),
         notes=tuple(notes),
         calibration=calibration,
     )
@@ -241,3 +241,23 @@ def _peak_bytes(layers: tuple[LayerPlan, ...], skeleton: Skeleton, checkpoint: C
     other = sum(skeleton.tensor_info(name, checkpoint).nbytes for name in skeleton.other_tensors())
     interpreter = 350 * 2**20
     return interpreter + max(block * (4 + 4 + 2) + largest * 12, 2 * other)
+
+
+def _calibration_bytes(
+    layers: tuple[LayerPlan, ...], steps: Steps, calibration: Calibration | None, skeleton: Skeleton
+) -> int:
+    """What samples add: hidden states before and behind a block, a batch on its way, a second block, a Hessian."""
+    if calibration is None:
+        return 0
+    tokens = calibration.nsamples * calibration.seqlen
+    streams = (2 if steps.wants_float_stream else 1) + 1
+    states = streams * tokens * skeleton.config.hidden_size * 4
+    if calibration.max_memory_bytes is not None:
+        states = min(states, calibration.max_memory_bytes)
+    widest = max(max(layer.in_features, layer.out_features) for layer in layers)
+    batch = 6 * min(calibration.batch_size * calibration.seqlen, tokens) * widest * 4
+    hessian = 0
+    if any("hessian" in step.statistics for step in steps):
+        columns = max(layer.in_features for layer in layers)
+        hessian = columns * columns * (4 + 4 + 8)  # accumulated, in processing order, factorised
+    return states + batch + hessian

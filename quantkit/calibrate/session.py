@@ -55,12 +55,19 @@ class Session:
         self.carries_float = "float" in plan.streams
 
     def observe(
-        self, module: nn.Module, names: Collection[str], want: Collection[Want], reference: nn.Module | None = None
+        self,
+        module: nn.Module,
+        names: Collection[str],
+        want: Collection[Want],
+        *,
+        reference: nn.Module | None = None,
+        skip_first: int = 1,
     ) -> BlockStatistics:
         """Statistics of what enters the modules ``names`` when ``module`` is the current block.
 
         Args:
             reference: what the float stream goes through for ``cross``; None: ``module``.
+            skip_first: positions at the start of a sample that only second moments see; see ``observe``.
         """
         return observe(
             self.streams,
@@ -69,7 +76,7 @@ class Session:
             want,
             experts=self._experts,
             seed=self._settings.seed,
-            skip_first=1 if self.streams.tokens > 1 else 0,
+            skip_first=skip_first if self.streams.tokens > 1 else 0,
             reference=reference,
         )
 

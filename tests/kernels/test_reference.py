@@ -93,6 +93,16 @@ def test_gradient_of_the_input():
     torch.testing.assert_close(x.grad, dense_x.grad)
 
 
+def test_gradients_pass_straight_through_a_rounding():
+    """On a static grid: as through a clamp to what the grid holds."""
+    scheme = ActivationScheme(bits=4, granularity="tensor", dynamic=False, symmetric=False)
+    x = inputs(5).requires_grad_()
+    reference.fake_quantize(x, scheme, torch.tensor([0.5]), torch.tensor([-2], dtype=torch.int8)).sum().backward()
+    held = (x > -3.5) & (x < 5)  # codes -8 .. 7 are -3 .. 4.5, and a step around that
+    assert 0 < int(held.sum()) < held.numel()
+    torch.testing.assert_close(x.grad, held.float())
+
+
 def test_inference_mode_leaves_the_scratch_usable():
     reference._scratch.buffers.clear()
     linear, _ = make("W4A16G64", torch.float32)

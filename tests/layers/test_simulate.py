@@ -152,6 +152,20 @@ def test_what_was_made_of_an_input_goes_with_it():
         assert kept() is None
 
 
+@pytest.mark.parametrize("scheme", ["W8A8", "W8A8ZTS", "W4A16G64"])
+def test_a_block_set_up_in_inference_mode_has_gradients(scheme):
+    layer = layer_format(scheme, input_scale=True, input_shift=True)
+    dense, _, _ = pair(layer, torch.float32)
+    with torch.inference_mode():
+        inputs = layer_inputs(layer, WIDTH)
+        simulate_inputs(dense, dict.fromkeys("qkvo", layer), dict.fromkeys("qkvo", inputs), ExpertNames())
+    x = tokens().requires_grad_()
+    dense(x).square().mean().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+    assert (x.grad != 0).float().mean() > 0.5  # a static range cuts some values off
+
+
 def test_a_static_range_that_is_not_there_yet_is_the_one_at_hand():
     layer = layer_format("W8A8ZTS", input_scale=True)
     dense, _, inputs = pair(layer, torch.float32)

@@ -48,6 +48,7 @@ def inspect(
                 "format": layer.format.model_dump(mode="json"),
                 "bits_per_weight": layer.bits_per_weight,
                 "bytes": layer.stored_bytes,
+                "online_operations": layer.online_operations,
                 "error": layer.error,
             }
             for layer in layers
@@ -56,6 +57,7 @@ def inspect(
             "quant_method": report.method,
             "bits_per_weight": report.bits_per_weight,
             "bytes": report.total_bytes,
+            "online_share": report.online_share,
             "blocks": [{key: value for key, value in event.items() if key != "layers"} for event in events],
         }
         print_json(summary | {"layers": rows})
@@ -83,5 +85,7 @@ def inspect(
         f"{len(layers)} quantised linears ({report.method}) at {report.bits_per_weight:.3f} bits per weight; "
         f"checkpoint {size(report.total_bytes)}"
     )
+    if report.online_share:
+        print(f"multiplying inputs by matrices at run time adds {report.online_share:.1%} to the linears' operations")
     for line in summarise(report.record):
         print(line)

@@ -1,8 +1,9 @@
 """What every implementation of a quantised linear must compute, in plain PyTorch on any device.
 
-    y = fake_quantize(x * t + s) @ W.T + bias        W = (codes - zero_point) * scale, or levels[codes] * scale
+    y = fake_quantize(op(x * t + s)) @ W.T + bias    W = (codes - zero_point) * scale, or levels[codes] * scale
 
-    t, s: [in_features], the scale and shift of ``LayerInputs``; each of the three steps only where the format has it
+    t, s: [in_features], the scale and shift of ``LayerInputs``, op: a matrix (online.py); each of the four steps only
+    where the format has it
 
 The packed weight is unpacked a few rows at a time into a scratch that stays allocated, so a call needs no memory that
 grows with the layer. The weight's arithmetic is done in the dtype of the scales, as compressed-tensors does it: both
@@ -22,6 +23,7 @@ from torch import Tensor
 from quantkit.formats.layer import LayerInputs
 from quantkit.formats.packing import unpack_rows, unpack_zero_points
 from quantkit.formats.quantized import NF4_LEVELS
+from quantkit.kernels import online
 from quantkit.recipe import PER_CHANNEL, ActivationScheme
 
 if TYPE_CHECKING:
@@ -57,7 +59,8 @@ def linear(x: Tensor, layer: QuantLinear) -> Tensor:
 
 
 def transform_input(x: Tensor, inputs: LayerInputs, activations: ActivationScheme | None) -> Tensor:
-    """What of ``x`` [..., in_features] meets the weight: scaled, then shifted, then rounded, all in the dtype of ``x``.
+    """What of ``x`` [..., in_features] meets the weight: scaled, shifted, multiplied by a matrix, rounded, in the dtype
+    of ``x``.
 
     Static activations whose scale is not calibrated yet are rounded over the range of ``x``.
     """
@@ -65,6 +68,7 @@ def transform_input(x: Tensor, inputs: LayerInputs, activations: ActivationSchem
         x = x * inputs.scale.to(x.dtype)
     if inputs.shift is not None:
         x = x + inputs.shift.to(x.dtype)
+    x = online.apply(x, inputs)
     if activations is not None:
         x = fake_quantize(x, activations, inputs.static_scale, inputs.static_zero_point)
     return x

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from quantkit.errors import QuantkitError
 from quantkit.formats.layer import LayerFormat, LayerInputs, from_tensors, input_tensors, stored_bytes, weight_tensors
 from quantkit.formats.quantized import QuantizedWeight
+from quantkit.kernels.online import restore
 from quantkit.layers.simulate import simulate_inputs
 from quantkit.models.block import Block
 from quantkit.models.checkpoint import Checkpoint
@@ -211,7 +212,8 @@ class BlockQuantizer:
             observed = None
             if session and state.quantised and step.needs_data:
                 module, statistics = self._observe(state, session, step, readers, {})
-                observed = Observed(statistics, session.replays(module, state.quantised))
+                replays, lessons = session.replays(module, state.quantised), session.lessons(module, readers)
+                observed = Observed(statistics, replays, lessons)
             situation = Situation(
                 block=block,
                 linears=state.quantised,
@@ -234,9 +236,7 @@ class BlockQuantizer:
             if info.name not in state.quantised:
                 continue
             name, weight, inputs = block.prefix + info.name, block.weight(info.name), state.input_of(info.name)
-            layer = self._format(block, info.name).model_copy(
-                update={"input_scale": inputs.scale is not None, "input_shift": inputs.shift is not None}
-            )
+            layer = self._format(block, info.name).with_inputs(inputs)
             rounded = _limited(weight, state, info.name, layer)
             quantised, facts = self._round(name, info.name, rounded, layer, statistics, prepared)
             stored = weight_tensors(quantised, layer)
@@ -251,7 +251,7 @@ class BlockQuantizer:
                     "shape": [info.out_features, info.in_features],
                     "format": layer.model_dump(mode="json"),
                     "bytes": stored_bytes(layer, info.out_features, info.in_features, self._plan.scale_dtype),
-                    "error": _relative_error(weight, dense, state.columns.get(info.name)),
+                    "error": _relative_error(weight, dense, state.columns.get(info.name), inputs),
                     **facts,
                 }
             )
@@ -375,8 +375,14 @@ def _finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum(dtype=torch.float64)))
 
 
-def _relative_error(weight: Tensor, dense: Tensor, column_scale: Tensor | None) -> float:
-    """Frobenius norm of the error over the weight's, measured on the source's columns (folded scales undone)."""
+def _relative_error(weight: Tensor, dense: Tensor, column_scale: Tensor | None, inputs: LayerInputs) -> float:
+    """Frobenius norm of the error over the weight's, measured on the source's columns (folded scales undone).
+
+    Args:
+        inputs: whose matrix, if any, the columns of both were multiplied by the inverse of, behind the scales.
+    """
+    if inputs.op != "none" and (inputs.op != "hadamard" or column_scale is not None):  # else no norm changes
+        weight, dense = restore(weight, inputs), restore(dense, inputs)
     columns = torch.ones(weight.shape[1]) if column_scale is None else column_scale.float()
     error = torch.linalg.vector_norm(dense - weight, dim=0)  # per column: the scale then costs nothing
     norm = float((torch.linalg.vector_norm(weight, dim=0) * columns).norm())

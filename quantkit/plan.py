@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -15,7 +15,8 @@ import torch
 
 from quantkit.errors import RecipeError
 from quantkit.formats.config import portable_reason
-from quantkit.formats.layer import LayerFormat, stored_bytes
+from quantkit.formats.layer import InputOp, LayerFormat, stored_bytes
+from quantkit.kernels.online import kronecker_split
 from quantkit.recipe import PER_CHANNEL, Calibration, Recipe, WeightScheme
 from quantkit.steps import BoundStep, Steps, bind_steps
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from quantkit.calibrate.streams import StreamName
     from quantkit.models.checkpoint import Checkpoint
     from quantkit.models.skeleton import Skeleton
+
+_MATRICES: tuple[InputOp, ...] = ("hadamard", "kronecker", "dense")
 
 
 @dataclass(frozen=True)
@@ -191,21 +194,35 @@ def _plan_layers(
         for step in transforms:
             for name, ops in step.module.online(skeleton.sites(index), names, step.config).items():
                 online[name] |= ops
+                _check_last(step, ops, transforms)
         for info in skeleton.linears(index):
             name = prefix + info.name
             if info.name not in names:
                 size = info.out_features * info.in_features * scale_dtype.itemsize
                 layers.append(LayerPlan(name, info.out_features, info.in_features, None, "ignored", size))
                 continue
+            op = next((op for op in _MATRICES if op in online[info.name]), "none")
             layer = LayerFormat(
                 weights=resolve(weights, info.in_features),
                 activations=recipe.scheme.activations,
                 input_scale="scale" in online[info.name],
                 input_shift="shift" in online[info.name],
+                input_op=op,
+                input_left=kronecker_split(info.in_features)[0] if op == "kronecker" else None,
             )
             size = stored_bytes(layer, info.out_features, info.in_features, scale_dtype)
             layers.append(LayerPlan(name, info.out_features, info.in_features, layer, "", size))
     return tuple(layers)
+
+
+def _check_last(step: BoundStep, ops: Collection[str], transforms: tuple[BoundStep, ...]) -> None:
+    """No transform may come after one that multiplies inputs by matrices."""
+    if step is not transforms[-1] and any(op in ops for op in _MATRICES):
+        later = transforms[transforms.index(step) + 1].method.name
+        raise RecipeError(
+            f"step '{later}' comes after '{step.method.name}', which mixes the input channels of linears: behind it "
+            f"there are none to be scaled or mixed again, so put '{step.method.name}' last of the transforms."
+        )
 
 
 def resolve(weights: WeightScheme, in_features: int) -> WeightScheme:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from quantkit.formats.config import native_config, portable_config
 from quantkit.formats.layer import LayerFormat, LayerInputs, to_tensors
 from quantkit.formats.quantized import NF4_LEVELS, QuantizedWeight
+from quantkit.kernels.online import restore
 from quantkit.recipe import Scheme
 
 _IN_A_BLOCK = re.compile(r"(?:.*\.)?(?:layers|h)\.\d+\..*")
@@ -36,10 +37,17 @@ def layer_inputs(
     """Numbers for whatever ``layer`` does to its input; a static range of about -4 .. 4."""
     generator = torch.Generator().manual_seed(seed)
     vector = torch.rand(2, in_features, generator=generator).add(0.5).to(dtype)
+    op = layer.input_op
+    left = layer.input_left or 1
+    square = torch.eye(in_features) + torch.randn(in_features, in_features, generator=generator) / in_features
     static = layer.activations if layer.activations and not layer.activations.dynamic else None
     return LayerInputs(
         scale=vector[0] if layer.input_scale else None,
         shift=vector[1] - 1 if layer.input_shift else None,
+        signs=(vector[0] - 1).sign().to(torch.int8) if op == "hadamard" else None,
+        left=square[:left, :left].to(dtype) if op == "kronecker" else None,
+        right=square[: in_features // left, : in_features // left].to(dtype) if op == "kronecker" else None,
+        matrix=square.to(dtype) if op == "dense" else None,
         static_scale=torch.tensor([8 / (2**static.bits - 1)], dtype=dtype) if static else None,
         static_zero_point=torch.tensor([-2], dtype=torch.int8) if static and not static.symmetric else None,
     )
@@ -113,7 +121,8 @@ def quantise(
         inputs = layer_inputs(layer, tensor.shape[1], len(formats), tensor.dtype)
         weight = round_to_nearest(tensor, layer, tensor.dtype)
         packed |= {f"{stored_name}.{suffix}": part for suffix, part in to_tensors(weight, layer, inputs).items()}
-        floats[tensor_name] = weight.dequantize(tensor.dtype) * (1 if inputs.scale is None else inputs.scale)
+        dense_weight = restore(weight.dequantize(tensor.dtype), inputs)
+        floats[tensor_name] = dense_weight * (1 if inputs.scale is None else inputs.scale)
     block = (native_config if kind == "native" else portable_config)(formats, sorted(kept))
     _save(source, out, packed, block)
     if dense is not None:

@@ -21,6 +21,7 @@ import quantkit
 from quantkit.formats.config import read_config
 from quantkit.formats.layer import from_tensors, weight_tensors
 from quantkit.formats.writer import read_record
+from quantkit.kernels.online import apply
 from quantkit.models.checkpoint import Checkpoint
 from quantkit.pipeline import prepare
 from quantkit.presets import expand
@@ -56,6 +57,8 @@ def dense_copy(quantised: Path, folder: Path) -> Path:
         assert layer_format is not None, layer
         weight, inputs = from_tensors(local, layer_format)
         dense[f"{stored}.weight"] = weight.dequantize()
+        if inputs.op != "none":  # its rows are M @ e for every unit vector e
+            dense[f"{stored}.weight"] @= apply(torch.eye(weight.codes.shape[1]), inputs).mT
         if inputs.shift is not None:
             bias = tensors[f"{stored}.bias"]
             tensors[f"{stored}.bias"] = bias.float() + dense[f"{stored}.weight"] @ inputs.shift.float()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from quantkit.models.checkpoint import Checkpoint
 from quantkit.models.skeleton import Skeleton
 from quantkit.models.stream import BlockStream
 from quantkit.plan import Plan
+from quantkit.transforms.interface import Lesson
 
 
 class Session:
@@ -86,6 +87,25 @@ class Session:
         for number in range(self.streams.batches):
             states.replace(number, self.streams.run(stream, number, module))
         return states
+
+    def lessons(self, module: nn.Module, names: Collection[str]) -> Callable[[Sequence[StreamName]], Lesson]:
+        """A function that gives the ``Lesson`` about ``module``, the current block, whose targets are the mean of what
+        it makes of the given streams.
+
+        Args:
+            module: its merged experts are taken apart if one of them is in ``names``; only when a lesson is asked for.
+            names: paths of modules that other weights may be tried in.
+        """
+
+        def lesson(streams: Sequence[StreamName]) -> Lesson:
+            targets = self.streams.new_states()
+            for number in range(self.streams.batches):
+                outputs = [self.streams.run(name, number, module) for name in streams]
+                targets.replace(number, torch.stack(outputs).mean(0) if len(outputs) > 1 else outputs[0])
+            split_experts(module, names, self._experts)
+            return Lesson(module, self.streams, targets)
+
+        return lesson
 
     def replays(self, module: nn.Module, linears: Collection[str]) -> Callable[[Site, int], Replay]:
         """A function that gives the ``Replay`` of a site of ``module``, the current block, on about so many tokens.

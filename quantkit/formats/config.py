@@ -8,7 +8,8 @@ The native block:
     {"quant_method": "quantkit", "format_version": 1,
      "layers": [{"match": ["re:model\\.layers\\.\\d+\\.mlp\\.up_proj$", "an.exact.name"],
                  "weights": {"bits": 3, "symmetric": false, "group_size": 64, "levels": "uniform"},
-                 "activations": null, "input_scale": true, "input_shift": false, "storage": "packed"}],
+                 "activations": null, "input_scale": true, "input_shift": false, "input_op": "none",
+                 "input_left": null, "storage": "packed"}],
      "ignore": ["lm_head"]}
 
 ``match`` holds module names of the transformers model. What no entry matches is stored as it was; ``ignore`` lists the

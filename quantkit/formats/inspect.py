@@ -12,6 +12,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.config import read_config
 from quantkit.formats.layer import LayerFormat
 from quantkit.formats.writer import RUN_RECORD, read_record
+from quantkit.kernels.online import operations
 from quantkit.models.checkpoint import Checkpoint
 
 
@@ -31,6 +32,11 @@ class LayerReport:
     def bits_per_weight(self) -> float:
         return 8 * self.stored_bytes / (self.out_features * self.in_features)
 
+    @property
+    def online_operations(self) -> int:
+        """What multiplying the input by a matrix costs per token; the weight itself costs 2 * out * in."""
+        return operations(self.format, self.in_features)
+
 
 @dataclass(frozen=True)
 class CheckpointReport:
@@ -40,6 +46,12 @@ class CheckpointReport:
     layers: tuple[LayerReport, ...]
     total_bytes: int
     record: tuple[dict[str, Any], ...]
+
+    @property
+    def online_share(self) -> float:
+        """Operations of matrices that inputs are multiplied by, over those of the quantised linears."""
+        products = sum(2 * layer.out_features * layer.in_features for layer in self.layers)
+        return sum(layer.online_operations for layer in self.layers) / products
 
     @property
     def bits_per_weight(self) -> float:

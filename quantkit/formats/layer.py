@@ -14,6 +14,9 @@ Either comes with what is done to the input at run time, in this order:
 
     input_scale_vector   model dtype  [I]                              only with ``input_scale``: x * vector
     input_shift_vector   model dtype  [I]                              only with ``input_shift``: then + vector
+    input_hadamard_signs int8         [I]                              ``input_op: hadamard``: +-1, kernels/online.py
+    input_kronecker_left, _right      [a, a], [b, b]   model dtype     ``kronecker``: a = ``input_left``, a * b = I
+    input_dense          model dtype  [I, I]                           ``dense``
     input_scale          model dtype  [1]                              only with static activations: the rounding's step
     input_zero_point     int8         [1]                              only when those are not symmetric; signed
 
@@ -35,6 +38,9 @@ from quantkit.formats.packing import pack_rows, pack_zero_points, unpack_rows, u
 from quantkit.formats.quantized import QuantizedWeight
 from quantkit.recipe import PER_CHANNEL, ActivationScheme, Scheme, WeightScheme
 
+InputOp = Literal["none", "hadamard", "kronecker", "dense"]
+"""An invertible matrix that the input of a linear is multiplied by at run time (``kernels/online.py``)."""
+
 
 class LayerFormat(BaseModel):
     """How one linear is stored and run, with nothing left to decide."""
@@ -47,6 +53,10 @@ class LayerFormat(BaseModel):
         default=False, description="the input is first multiplied by a stored vector [in_features]"
     )
     input_shift: bool = Field(default=False, description="a stored vector [in_features] is added to the (scaled) input")
+    input_op: InputOp = Field(default="none", description="the (scaled and shifted) input is multiplied by a matrix")
+    input_left: int | None = Field(
+        default=None, ge=1, description="kronecker: rows of the left factor; those of the right: in_features / this"
+    )
     storage: Literal["packed", "int8"] = Field(
         default="packed", description="left out: int8 for symmetric 8-bit weights with 8-bit activations, else packed"
     )
@@ -55,6 +65,12 @@ class LayerFormat(BaseModel):
     @classmethod
     def _symmetric_is_decided(cls, weights: WeightScheme) -> WeightScheme:
         return weights.model_copy(update={"symmetric": weights.is_symmetric})
+
+    @model_validator(mode="after")
+    def _left_belongs_to_kronecker(self) -> LayerFormat:
+        if (self.input_op == "kronecker") != (self.input_left is not None):
+            raise ValueError(f"input_left is {self.input_left} with input_op {self.input_op}; kronecker alone needs it")
+        return self
 
     @model_validator(mode="after")
     def _storage_follows_from_the_scheme(self) -> LayerFormat:
@@ -67,9 +83,22 @@ class LayerFormat(BaseModel):
         return self
 
     def describe(self) -> str:
-        """``W4SA16G64``; `` x t`` and `` + s`` behind it where the input is first scaled, shifted."""
+        """``W4SA16G64``; `` x t``, `` + s`` and `` hadamard`` behind it where that is first done to the input."""
         name = Scheme(weights=self.weights, activations=self.activations).name
-        return name + " x t" * self.input_scale + " + s" * self.input_shift
+        name += " x t" * self.input_scale + " + s" * self.input_shift
+        return name if self.input_op == "none" else f"{name} {self.input_op}"
+
+    def with_inputs(self, inputs: LayerInputs) -> LayerFormat:
+        """This format, doing to the input what ``inputs`` holds besides a static range."""
+        left = None if inputs.left is None else len(inputs.left)
+        return self.model_copy(
+            update={
+                "input_scale": inputs.scale is not None,
+                "input_shift": inputs.shift is not None,
+                "input_op": inputs.op,
+                "input_left": left,
+            }
+        )
 
     def groups(self, in_features: int) -> int:
         """Scales per output row."""
@@ -81,21 +110,40 @@ class LayerFormat(BaseModel):
 class LayerInputs:
     """What is done to the input of a linear at run time before it meets the weight, and is stored with it:
 
-    round(x * scale + shift)        round: to the grid of the layer's ``ActivationScheme``
+    round(op(x * scale + shift))    op: one of ``signs``, ``left`` and ``right``, ``matrix``
+                                    round: to the grid of the layer's ``ActivationScheme``
     """
 
     scale: Tensor | None = None
     """[in_features] in the model dtype."""
     shift: Tensor | None = None
     """[in_features] in the model dtype."""
+    signs: Tensor | None = None
+    """[in_features] int8, +-1: v becomes H @ (signs * v) / sqrt(in_features), H of ``kernels/hadamard.py``."""
+    left: Tensor | None = None
+    """[a, a] in the model dtype: v, read as a matrix V [a, b], becomes left.T @ V @ right. Weights have to be
+    multiplied by the inverse of the factors as they are stored, so no more than that dtype is needed."""
+    right: Tensor | None = None
+    """[b, b] in the model dtype."""
+    matrix: Tensor | None = None
+    """[in_features, in_features] in the model dtype: v becomes v @ matrix."""
     static_scale: Tensor | None = None
     """[1] in the model dtype: step of the grid; None: from the data at hand (or not calibrated yet)."""
     static_zero_point: Tensor | None = None
     """[1] int8, the code of 0, signed; None: symmetric, or no ``static_scale``."""
 
+    @property
+    def op(self) -> InputOp:
+        if self.signs is not None:
+            return "hadamard"
+        if self.left is not None:
+            return "kronecker"
+        return "none" if self.matrix is None else "dense"
+
 
 _STORED_AS = {
-    "scale": "input_scale_vector", "shift": "input_shift_vector",
+    "scale": "input_scale_vector", "shift": "input_shift_vector", "signs": "input_hadamard_signs",
+    "left": "input_kronecker_left", "right": "input_kronecker_right", "matrix": "input_dense",
     "static_scale": "input_scale", "static_zero_point": "input_zero_point",
 }  # fmt: skip
 """Field of ``LayerInputs`` -> suffix of its tensor in a checkpoint."""
@@ -132,6 +180,14 @@ def _input_specs(
         specs["input_scale_vector"] = (in_features,), dtype
     if layer.input_shift:
         specs["input_shift_vector"] = (in_features,), dtype
+    if layer.input_op == "hadamard":
+        specs["input_hadamard_signs"] = (in_features,), torch.int8
+    elif layer.input_op == "kronecker":
+        left = layer.input_left or 1
+        right = in_features // left
+        specs["input_kronecker_left"], specs["input_kronecker_right"] = ((left, left), dtype), ((right, right), dtype)
+    elif layer.input_op == "dense":
+        specs["input_dense"] = (in_features, in_features), dtype
     if layer.activations and not layer.activations.dynamic:
         specs["input_scale"] = (1,), dtype
         if not layer.activations.symmetric:
@@ -185,7 +241,7 @@ def input_tensors(inputs: LayerInputs, layer: LayerFormat, in_features: int, dty
     specs = _input_specs(layer, in_features, dtype)
     for suffix in given.keys() ^ specs.keys():
         raise ValueError(f"{suffix} is {'missing' if suffix in specs else 'not part of the format'}")
-    return {suffix: given[suffix].to(stored).reshape(shape) for suffix, (shape, stored) in specs.items()}
+    return {suffix: given[suffix].to(stored).reshape(shape).contiguous() for suffix, (shape, stored) in specs.items()}
 
 
 def from_tensors(tensors: Mapping[str, Tensor], layer: LayerFormat) -> tuple[QuantizedWeight, LayerInputs]:

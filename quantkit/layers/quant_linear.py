@@ -57,7 +57,7 @@ class QuantLinear(nn.Module):
         return inputs_from_tensors(self._buffers, self.format)
 
     def dequantize(self) -> Tensor:
-        """The weight [out_features, in_features] in the dtype of the scales, without the input scale."""
+        """The weight [out_features, in_features] in the dtype of the scales, as it meets the changed input."""
         dense = torch.empty(
             self.out_features, self.in_features, dtype=self.weight_scale.dtype, device=self.weight_scale.device
         )
@@ -72,7 +72,8 @@ class QuantLinear(nn.Module):
         text += f", group_size={weights.group_size}, symmetric={weights.symmetric}"
         if self.format.activations:
             text += f", activations={_describe(self.format.activations)}"
-        return text + ", input_scale" * self.format.input_scale + ", input_shift" * self.format.input_shift
+        text += ", input_scale" * self.format.input_scale + ", input_shift" * self.format.input_shift
+        return text if self.format.input_op == "none" else f"{text}, input_op={self.format.input_op}"
 
 
 def _describe(activations: ActivationScheme) -> str:

@@ -22,7 +22,7 @@ from quantkit.recipe import ActivationScheme
 def simulate_inputs(
     block: nn.Module, formats: Mapping[str, LayerFormat], inputs: Mapping[str, LayerInputs], experts: ExpertNames
 ) -> None:
-    """Make linears of ``block`` scale, shift and round their input, in place.
+    """Make linears of ``block`` scale, shift, multiply by a matrix and round their input, in place.
 
     Linears that do the same to the same tensor (q, k and v) get one tensor, the same object: whoever hooks them later
     sees that they share their input.
@@ -46,8 +46,7 @@ def simulate_inputs(
 
 def _key(activations: ActivationScheme | None, inputs: LayerInputs) -> tuple[Any, ...]:
     """Equal where the same is done to an input; None for everything that is not done."""
-    tensors = (inputs.scale, inputs.shift, inputs.static_scale, inputs.static_zero_point)
-    return activations, *(None if t is None else (t.dtype, _bytes(t)) for t in tensors)
+    return activations, *(None if t is None else (t.dtype, _bytes(t)) for t in vars(inputs).values())
 
 
 def _bytes(tensor: Tensor) -> bytes:

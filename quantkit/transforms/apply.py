@@ -1,12 +1,14 @@
 """What the transforms of a run did to one block: numbers of a ``Solution`` become weights and input operations.
 
 At every moment the block's tensors and the inputs kept here together compute what the source's block does: where
-something stays online, the columns of the linear are divided at once by the factor as it is stored.
+something stays online, the columns of the linear are divided at once by the factor as it is stored, and multiplied by
+the inverse of a matrix as it is stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +16,9 @@ import torch
 from torch import Tensor
 
 from quantkit.formats.layer import LayerInputs
+from quantkit.kernels import online
 from quantkit.models.block import Block, Site
+from quantkit.quantizers.grid import by_rows
 from quantkit.transforms import fold
 from quantkit.transforms.interface import SiteChange, Solution
 
@@ -32,14 +36,19 @@ class Transformed:
     inputs: dict[str, LayerInputs] = field(default_factory=dict)
     """Linear -> what is done to its input at run time; left out: nothing."""
     columns: dict[str, Tensor] = field(default_factory=dict)
-    """Linear -> factor [in_features], float64, by which its columns were divided in all."""
+    """Linear -> factor [in_features], float64, by which its columns were divided in all, before any matrix."""
     limits: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """As in ``Solution``."""
     facts: list[dict[str, Any]] = field(default_factory=list)
     """Lines of the run record."""
 
     def apply(self, method: str, solution: Solution) -> None:
-        """Carry out ``solution``; a part of it that is not finite is left out with a warning: the identity."""
+        """Carry out ``solution``; a part of it that is not finite is left out with a warning: the identity.
+
+        Raises:
+            ValueError: it changes the channels of a linear whose input is multiplied by a matrix already.
+        """
+        self._check_order(method, solution)
         for site in self.block.sites:
             change = solution.sites.get(site.name)
             if change is not None and self._sound(method, site.name, change.scale, change.shift):
@@ -47,6 +56,16 @@ class Transformed:
         for name, scale in solution.linears.items():
             if self._sound(method, name, scale, None):
                 self._apply_online(name, scale, None)
+        rotated: list[str] = []
+        for site in self.block.sites:
+            matrix = solution.matrices.get(site.name)
+            if matrix is not None and self._apply_matrix(method, site, matrix):
+                rotated += [site.producer, *site.consumers]
+        pair, t = self.block.query_key, solution.query_key
+        if pair is not None and t is not None and self._sound(method, "queries and keys", t, None):
+            fold.apply_qk_scale(self.block, pair, t)
+        rotated += [name for name, op in solution.ops.items() if self._apply_op(method, name, op)]
+        self._forget_limits(rotated)
         self.limits |= solution.limits
         self.facts += [{"method": method, **fact} for fact in solution.facts]
 
@@ -66,14 +85,8 @@ class Transformed:
             for name in site.consumers:
                 self._divided(name, fold.consumer_columns(site, applied))
         if change.shift is not None:
-            # Biases make up for a shift of the signal, so the weights have to be those that meet the signal itself.
-            scales = [(name, self.input_of(name).scale) for name in site.consumers]
-            online = [(self.block.weight(name), t.double()) for name, t in scales if t is not None]
-            for weight, t in online:
-                fold.divide_columns(weight, t.reciprocal())
-            fold.apply_shift(self.block, site, change.shift.double() * applied)
-            for weight, t in online:
-                fold.divide_columns(weight, t)
+            with self._meeting_the_signal(site):  # biases make up for a shift of it
+                fold.apply_shift(self.block, site, change.shift.double() * applied)
 
     def _apply_online(self, name: str, scale: Tensor | None, shift: Tensor | None) -> None:
         """Input x -> (x - shift) * scale for the linear alone, behind what is done to it already.
@@ -99,6 +112,71 @@ class Transformed:
             self._divided(name, factor)
         self.inputs[name] = inputs
 
+    @contextmanager
+    def _meeting_the_signal(self, site: Site) -> Iterator[None]:
+        """The consumers' weights as they meet the signal itself, not what is scaled in front of them."""
+        scales = [(name, self.input_of(name).scale) for name in site.consumers]
+        scaled = [(self.block.weight(name), t.double()) for name, t in scales if t is not None]
+        for weight, t in scaled:
+            fold.divide_columns(weight, t.reciprocal())
+        try:
+            yield
+        finally:
+            for weight, t in scaled:
+                fold.divide_columns(weight, t)
+
+    def _apply_matrix(self, method: str, site: Site, matrix: Tensor) -> bool:
+        """Fold ``matrix`` into a v -> o site; whether it could be."""
+        try:
+            if matrix.isfinite().all():
+                with self._meeting_the_signal(site):
+                    fold.apply_matrix(self.block, site, matrix)
+                return True
+            problem = "no finite numbers"
+        except torch.linalg.LinAlgError:
+            problem = "a singular matrix"
+        self._left_out(method, site.name, problem)
+        return False
+
+    def _apply_op(self, method: str, name: str, op: LayerInputs) -> bool:
+        """Multiply the input by a matrix behind everything that is done to it so far; whether that can be undone."""
+        held = {field: tensor for field, tensor in vars(op).items() if tensor is not None}
+        stored = {field: t.to(self.dtype if t.is_floating_point() else t.dtype) for field, t in held.items()}
+        if not all(bool(tensor.isfinite().all()) for tensor in stored.values()):
+            self._left_out(method, name, "no finite numbers")
+            return False
+        try:
+            inverse = online.inverse(LayerInputs(**stored))
+        except torch.linalg.LinAlgError:
+            self._left_out(method, name, "a singular matrix")
+            return False
+        weight = self.block.weight(name)
+
+        def undo(chunk: slice) -> None:
+            weight[chunk] = online.apply(weight[chunk].double(), inverse).to(weight.dtype)
+
+        by_rows(undo, *weight.shape)
+        self.inputs[name] = replace(self.input_of(name), **stored)
+        return True
+
+    def _check_order(self, method: str, solution: Solution) -> None:
+        """Scales and shifts of channels cannot go in front of a matrix that was found for the input as it is."""
+        sites = {site.name: site.consumers for site in self.block.sites}
+        changed = {name for site in (*solution.sites, *solution.matrices) for name in sites.get(site, ())}
+        changed |= {*solution.linears, *solution.ops}
+        taken = sorted(name for name in changed if self.input_of(name).op != "none")
+        if taken:
+            raise ValueError(
+                f"{self.block.prefix}{taken[0]}: {method} changes channels behind a {self.input_of(taken[0]).op} matrix"
+            )
+
+    def _forget_limits(self, names: Iterable[str]) -> None:
+        """Limits hold for weights in the basis they were found in."""
+        lost = [name for name in names if self.limits.pop(name, None) is not None]
+        if lost:
+            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            self.warn(f"{self.block.prefix}{lost[0]}{more}: limits of weights are given up where these were rotated.")
+
     def _add_to_bias(self, name: str, shift: Tensor) -> None:
         """bias += W @ shift, float64: what the input has lost."""
         bias = self.block.tensors[f"{name}.bias"]
@@ -113,5 +191,8 @@ class Transformed:
             shift is None or bool(shift.isfinite().all())
         )
         if not sound:
-            self.warn(f"{self.block.prefix}{where}: {method} found no finite numbers; nothing is transformed there.")
+            self._left_out(method, where, "no finite numbers")
         return sound
+
+    def _left_out(self, method: str, where: str, problem: str) -> None:
+        self.warn(f"{self.block.prefix}{where}: {method} found {problem}; nothing is transformed there.")

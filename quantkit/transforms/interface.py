@@ -6,24 +6,40 @@ computes numbers; ``transforms/apply.py`` and ``fold.py`` write them into the bl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from quantkit.formats.layer import LayerInputs
 from quantkit.models.block import Block, Site
 from quantkit.quantizers import rtn
 from quantkit.recipe import Scheme, WeightScheme
 
 if TYPE_CHECKING:
+    from quantkit.calibrate.hidden import HiddenStates
     from quantkit.calibrate.observe import BlockStatistics
     from quantkit.calibrate.replay import Replay
+    from quantkit.calibrate.streams import StreamName, Streams
 
-InputOp = Literal["scale", "shift"]
+InputOp = Literal["scale", "shift", "hadamard", "kronecker", "dense"]
 Online = dict[str, frozenset[InputOp]]
-"""Linear -> what may be done to its input at run time."""
+"""Linear -> what may be done to its input at run time; the last three exclude each other. Where one of them is
+announced, no other transform may follow: behind it there are no channels that could be told apart."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """The whole block, what enters it and what should come out of it: what is learned, is learned from this."""
+
+    module: nn.Module
+    """The block as the transforms before left it, dense, float32, merged experts taken apart. To be left as it is."""
+    streams: Streams
+    """Standing before the block; ``quantised`` is what will enter it."""
+    targets: HiddenStates
+    """What the block should make of the same samples. To be closed by who asked for them."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,9 @@ class Observed:
     replay: Callable[[Site, int], Replay]
     """(site, tokens) -> the part of the block that the consumers of ``site`` belong to, with what entered it for about
     that many calibration tokens: it computes what comes out for other weights and inputs of these consumers."""
+    lesson: Callable[[Sequence[StreamName]], Lesson] | None = None
+    """(streams) -> the lesson whose targets are what the block as it is makes of these streams, the mean over them. The
+    ``float`` stream is there if ``target`` of the method's options is "float"."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +107,17 @@ class Solution:
     """Site name -> change of its signal, folded into producer and consumers (online where nothing can be folded)."""
     linears: Mapping[str, Tensor] = field(default_factory=dict)
     """Linear name -> t [in_features], positive: its input is multiplied by t at run time, its columns divided."""
+    matrices: Mapping[str, Tensor] = field(default_factory=dict)
+    """Name of a v -> o site -> matrix [kv_heads, head_dim, head_dim], or [head_dim, head_dim] for all heads, that its
+    signal is multiplied by (from the right); folded into producer and consumer behind ``sites``."""
+    ops: Mapping[str, LayerInputs] = field(default_factory=dict)
+    """Linear name -> the matrix that its input is multiplied by at run time, behind everything else here: ``signs``,
+    ``left`` and ``right``, or ``matrix``, and no other field. What ``online`` announced."""
+    query_key: Tensor | None = None
+    """t [``block.query_key.width``], positive: queries are multiplied by it, keys divided."""
     limits: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Linear name -> (lowest, highest), each [rows, groups]: weights are clamped to them before they are rounded. In
-    the units that the weights have once ``sites`` and ``linears`` are applied."""
+    the units that the weights have once everything above is applied."""
     facts: list[dict[str, Any]] = field(default_factory=list)
     """JSON-ready lines for the run record, one per site or linear: ``site`` or ``linear``, losses before and after,
     what was chosen."""

@@ -16,6 +16,8 @@ FORMATS = [
     layer_format("W8A8ZTS"),
     layer_format("W4A4ZB32", input_shift=True),
     layer_format("W6A6ZTSG64", input_scale=True, input_shift=True),
+    layer_format("W4A4", input_op="hadamard"),
+    layer_format("W4A4", input_op="kronecker", input_left=64),
 ]
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.experts.0.up_proj", "mlp.experts.1.up_proj", "mlp.gate_proj")
 
@@ -56,6 +58,8 @@ def test_native_block_is_as_documented():
                 "activations": None,
                 "input_scale": True,
                 "input_shift": False,
+                "input_op": "none",
+                "input_left": None,
                 "storage": "packed",
             }
         ],

@@ -12,6 +12,8 @@ FORMATS = [
     ("W7ZA16G64", {}), ("WNF4A16G64", {}), ("W8A8", {}), ("W8A8G64", {}), ("W4A8", {}), ("W8ZA8", {}),
     ("W4ZA16G128", {"input_scale": True}), ("W8A8", {"input_scale": True}), ("W4A16G64", {"input_shift": True}),
     ("W8A8TS", {}), ("W6A6ZTS", {}), ("W4A4ZTS", {"input_scale": True, "input_shift": True}), ("W4A4B32", {}),
+    ("W4A4", {"input_op": "hadamard"}), ("W4A4", {"input_op": "dense", "input_scale": True}),
+    ("W4A4TS", {"input_op": "kronecker", "input_left": 8, "input_shift": True}),
 ]  # fmt: skip
 
 
@@ -60,6 +62,30 @@ def test_what_is_done_to_inputs_is_stored_as_compressed_tensors_names_it():
         "input_scale": ((1,), torch.bfloat16),
         "input_zero_point": ((1,), torch.int8),
     }
+
+
+def test_matrices_are_stored_in_the_model_dtype_and_signs_in_bytes():
+    sizes = {}
+    for settings in ({}, {"input_op": "hadamard"}, {"input_op": "kronecker", "input_left": 8}, {"input_op": "dense"}):
+        layer = layer_format("W4A4", **settings)
+        sizes[layer.input_op] = stored_bytes(layer, 64, 192, torch.bfloat16)
+    assert {op: size - sizes["none"] for op, size in sizes.items()} == {
+        "none": 0, "hadamard": 192, "kronecker": 2 * (8 * 8 + 24 * 24), "dense": 2 * 192 * 192,
+    }  # fmt: skip
+
+
+def test_only_kronecker_has_a_left_factor():
+    for settings in ({"input_op": "kronecker"}, {"input_left": 8}, {"input_op": "hadamard", "input_left": 8}):
+        with pytest.raises(ValidationError, match="kronecker alone needs it"):
+            layer_format("W4A4", **settings)
+
+
+def test_a_format_follows_what_is_done_to_the_input():
+    layer = layer_format("W4A4", input_scale=True, input_op="kronecker", input_left=8)
+    assert layer_format("W4A4").with_inputs(layer_inputs(layer, 24)) == layer
+    plain = layer_format("W4A4", input_op="hadamard", input_shift=True)
+    assert layer.with_inputs(layer_inputs(plain, 24)) == plain
+    assert layer.with_inputs(LayerInputs()) == layer_format("W4A4")
 
 
 def test_bits_per_weight_is_the_formula():
@@ -125,6 +151,7 @@ def test_arguments_that_contradict_each_other_are_a_bug():
 def test_says_what_it_is():
     assert layer_format("W4A16G32").describe() == "W4SA16G32"
     assert layer_format("W8A8ZTS", input_scale=True, input_shift=True).describe() == "W8SA8ZTSGC x t + s"
+    assert layer_format("W4A4", input_scale=True, input_op="hadamard").describe() == "W4SA4GC x t hadamard"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])

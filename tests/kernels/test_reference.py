@@ -103,6 +103,29 @@ def test_gradients_pass_straight_through_a_rounding():
     torch.testing.assert_close(x.grad, held.float())
 
 
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A4Z", "W6A6T", "W4A4ZB48", "W8A8TS", "W6A6ZTS"])
+def test_the_gradient_goes_straight_through_rounding(scheme):
+    layer = layer_format(scheme, input_scale=True, input_shift=True)
+    assert layer.activations is not None
+    stored = layer_inputs(layer, IN)
+    grid = layer.activations, stored.static_scale, stored.static_zero_point
+    x = inputs(2, 3).requires_grad_()
+    upstream = torch.randn(2, 3, IN, generator=torch.Generator().manual_seed(0))
+    rounded = reference.fake_quantize(x, *grid)
+    (rounded * upstream).sum().backward()
+    assert torch.equal(rounded, reference.fake_quantize(x.detach(), *grid))  # nothing else is different
+    inside = torch.ones_like(x, dtype=torch.bool)
+    if stored.static_scale is not None:  # about -4 .. 4, x goes to 9 and more
+        ends = [reference.fake_quantize(torch.tensor([end]), *grid) for end in (-1e4, 1e4)]
+        inside = (x >= ends[0] - stored.static_scale) & (x <= ends[1] + stored.static_scale)
+        assert 0 < (~inside).sum() < inside.sum()
+    assert torch.equal(x.grad, upstream * inside)
+    x.grad = None
+    (reference.transform_input(x, stored, layer.activations) * upstream).sum().backward()
+    if stored.static_scale is None:
+        torch.testing.assert_close(x.grad, upstream * stored.scale)
+
+
 def test_inference_mode_leaves_the_scratch_usable():
     reference._scratch.buffers.clear()
     linear, _ = make("W4A16G64", torch.float32)

@@ -24,7 +24,11 @@ from quantkit.layers.quant_linear import QuantLinear
 from quantkit.layers.simulate import simulate_inputs
 
 SCHEMES = ["W8A8", "W4A4Z", "W6A6T", "W6A6ZT", "W8A8TS", "W6A6ZTS", "W4A4B16", "W4A6ZB64", "W4A16G64"]
-ONLINE = [{}, {"input_scale": True}, {"input_shift": True}, {"input_scale": True, "input_shift": True}]
+ONLINE = {
+    "plain": {}, "scale": {"input_scale": True}, "shift": {"input_shift": True},
+    "both": {"input_scale": True, "input_shift": True}, "hadamard": {"input_op": "hadamard", "input_scale": True},
+    "kronecker": {"input_op": "kronecker", "input_left": 8}, "dense": {"input_op": "dense"},
+}  # fmt: skip
 WIDTH = 88  # five groups of 16 and a short one
 
 
@@ -69,7 +73,7 @@ def tokens(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("settings", ONLINE, ids=["plain", "scale", "shift", "both"])
+@pytest.mark.parametrize("settings", ONLINE.values(), ids=ONLINE)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_equals_the_packed_block(scheme, settings):
     layer = layer_format(scheme, **settings)
@@ -79,6 +83,17 @@ def test_equals_the_packed_block(scheme, settings):
         simulate_inputs(dense, dict.fromkeys("qkvo", layer), inputs, ExpertNames())
         assert torch.equal(dense(tokens()), packed.float()(tokens()))
         assert torch.equal(dense(tokens()), plain) == (scheme == "W4A16G64" and not settings)
+
+
+def test_readers_share_an_input_only_where_they_rotate_it_alike():
+    layer = layer_format("W4A4", input_op="hadamard")
+    dense, _, inputs = pair(layer, torch.float32)  # k like q, v with other signs
+    simulate_inputs(dense, dict.fromkeys("qkvo", layer), inputs, ExpertNames())
+    found = seen_by(dense)
+    with torch.no_grad():
+        dense(tokens())
+    assert found["q"] is found["k"]
+    assert not torch.equal(found["q"], found["v"])
 
 
 @torch.no_grad()
@@ -229,6 +244,8 @@ def test_statistics_are_those_of_the_rounded_input_once_per_tensor(tiny, name, s
         ("opt", "W8A8ZTS", {"input_scale": True, "input_shift": True}),
         ("qwen3_moe", "W8A8TS", {"input_scale": True}),
         ("mixtral", "W4A4Z", {"input_shift": True}),
+        ("llama", "W4A4", {"input_op": "hadamard"}),
+        ("qwen3_moe", "W4A8", {"input_op": "kronecker", "input_left": 8, "input_scale": True}),
     ],
 )
 def test_a_saved_model_computes_what_was_simulated(tiny, tmp_path: Path, name, scheme, settings):

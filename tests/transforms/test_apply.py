@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from opened import Opened, sample_ids
 from tiny_models import TINY
 from torch import Tensor
 
-from quantkit.formats.layer import LayerFormat
+from quantkit.formats.layer import LayerFormat, LayerInputs
 from quantkit.layers.simulate import simulate_inputs
 from quantkit.models.block import Block
 from quantkit.recipe import WeightScheme
@@ -85,3 +87,98 @@ def test_numbers_that_are_none_are_left_out_with_a_warning(tiny, change):
     state.apply("one", Solution({"mlp.input": change}))
     assert all(torch.equal(block.tensors[name], tensor) for name, tensor in source.tensors.items())
     assert warnings == ["model.decoder.layers.1.mlp.input: one found no finite numbers; nothing is transformed there."]
+
+
+def random_op(width: int, kind: int, seed: int) -> LayerInputs:
+    """One of the three kinds of matrices, well conditioned."""
+    generator = torch.Generator().manual_seed(seed)
+    square = torch.eye(width) + 0.3 * torch.randn(width, width, generator=generator) / width**0.5
+    if kind == 0:
+        return LayerInputs(signs=normal(width, seed).sign().to(torch.int8))
+    if kind == 1:
+        return LayerInputs(left=square[:4, :4], right=square[: width // 4, : width // 4])
+    return LayerInputs(matrix=square)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", TINY)
+def test_scales_shifts_and_then_matrices_leave_the_function(tiny, name, dtype):
+    """Matrices rounded to bfloat16 are no worse: their inverse is that of what is stored."""
+    model = Opened(tiny(name))
+    ids, mask = sample_ids(padded=False)
+    captured = model.stream.capture(ids, mask)
+    block = model.skeleton.read_block(1, model.checkpoint)
+    before = model.stream.run_block(model.block(1), captured.hidden, 1, captured)
+    linears = model.linears(1)
+    state = Transformed(block, linears, dtype, pytest.fail)
+    state.apply("one", random_solution(block, 1, linears))
+    ops = {path: random_op(block.weight(path).shape[1], n % 3, n) for n, path in enumerate(linears)}
+    heads = {site.name: torch.eye(site.head_dim).roll(1, 0) * 2 for site in block.sites if site.head_dim}
+    both = random_solution(block, 2, linears)
+    state.apply("two", replace(both, matrices=heads, ops=ops))
+    lefts = [state.inputs[path].left for path in linears]
+    assert {left.dtype for left in lefts if left is not None} == {dtype}
+    module = model.skeleton.build_block(1, block.tensors, torch.float32)
+    simulate_inputs(module, dict.fromkeys(state.inputs, ANY), state.inputs, model.skeleton.expert_names)
+    after = model.stream.run_block(module, captured.hidden, 1, captured)
+    torch.testing.assert_close(after, before, rtol=5e-4, atol=5e-4 * float(before.abs().max()))
+
+
+def test_no_channel_is_changed_behind_a_matrix(tiny):
+    model = Opened(tiny("llama"))
+    block = model.skeleton.read_block(0, model.checkpoint)
+    state = Transformed(block, model.linears(0), torch.float32, pytest.fail)
+    state.apply("one", Solution(ops={"mlp.up_proj": random_op(64, 0, 1), "mlp.down_proj": random_op(104, 1, 1)}))
+    before = {name: tensor.clone() for name, tensor in block.tensors.items()}
+    for solution in (
+        Solution({"mlp.input": SiteChange(scale=torch.ones(64))}),
+        Solution(linears={"mlp.down_proj": torch.ones(104)}),
+        Solution(ops={"mlp.down_proj": random_op(104, 2, 1)}),
+    ):
+        with pytest.raises(ValueError, match=r"layers\.0\.mlp\.\w+: two changes channels behind a \w+ matrix"):
+            state.apply("two", solution)
+    assert all(torch.equal(block.tensors[name], tensor) for name, tensor in before.items())
+    state.apply("two", Solution(linears={"mlp.gate_proj": torch.full((64,), 2.0)}))  # has none
+
+
+@pytest.mark.parametrize(
+    ("solution", "problem"),
+    [
+        (Solution(ops={"mlp.up_proj": LayerInputs(matrix=torch.full((64, 64), torch.nan))}), "no finite numbers"),
+        (Solution(ops={"mlp.up_proj": LayerInputs(matrix=torch.ones(64, 64))}), "a singular matrix"),
+        (Solution(ops={"mlp.up_proj": LayerInputs(left=torch.zeros(8, 8), right=torch.eye(8))}), "a singular matrix"),
+        (Solution(matrices={"attention.value": torch.full((16, 16), torch.inf)}), "no finite numbers"),
+        (Solution(matrices={"attention.value": torch.zeros(16, 16)}), "a singular matrix"),
+    ],
+    ids=["nan", "singular", "singular factor", "infinite heads", "singular heads"],
+)
+def test_matrices_that_cannot_be_undone_are_left_out_with_a_warning(tiny, solution, problem):
+    model = Opened(tiny("llama"))
+    block, source = (model.skeleton.read_block(1, model.checkpoint) for _ in range(2))
+    warnings: list[str] = []
+    state = Transformed(block, model.linears(1), torch.float32, warnings.append)
+    state.apply("one", solution)
+    assert all(torch.equal(block.tensors[name], tensor) for name, tensor in source.tensors.items())
+    assert not state.inputs
+    assert len(warnings) == 1
+    assert warnings[0].endswith(f": one found {problem}; nothing is transformed there.")
+
+
+def test_limits_of_weights_that_are_rotated_are_given_up(tiny):
+    model = Opened(tiny("llama"))
+    block = model.skeleton.read_block(0, model.checkpoint)
+    warnings: list[str] = []
+    state = Transformed(block, model.linears(0), torch.float32, warnings.append)
+    limit = torch.ones(1, 1)
+    names = ("self_attn.v_proj", "mlp.up_proj", "mlp.gate_proj")
+    state.apply("one", Solution(limits=dict.fromkeys(names, (-limit, limit))))
+    own = Solution(
+        matrices={"attention.value": torch.eye(16)},
+        ops={"mlp.up_proj": random_op(64, 0, 1)},
+        limits={"mlp.up_proj": (-2 * limit, 2 * limit)},
+    )
+    state.apply("two", own)
+    assert set(state.limits) == {"mlp.up_proj", "mlp.gate_proj"}
+    assert state.limits["mlp.up_proj"][1] == 2  # found for the rotated weight
+    place = "model.layers.0.self_attn.v_proj and 1 more"
+    assert warnings == [f"{place}: limits of weights are given up where these were rotated."]

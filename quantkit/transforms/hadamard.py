@@ -1,0 +1,101 @@
+"""Hadamard rotations (Ashkboos et al., QuaRot, arXiv 2404.00456): no channel stands out of an input that is rounded.
+
+    y = W @ x   becomes   y = (W @ R.T) @ (R @ x)        R = H @ diag(signs) / sqrt(n), H a Hadamard matrix, signs +-1
+
+R is orthogonal and its entries have one size, so an outlier of one channel is spread evenly over all of them, and so is
+one in a row of W. Nothing is learned and no data is needed. Inputs are rotated at run time in front of each quantised
+linear; what else reads them (routers, the residual) sees them as they were, so norms need not be folded. Values are
+rotated within their heads at no cost, by matrices in v and o: attention only sums them.
+
+Against QuaRot: the residual stream stays as it is, and every rotation is of its own input, so any of them can be left
+out; sizes for which no Hadamard matrix is known are rotated, too (``kernels/hadamard.py``).
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Collection, Iterable, Iterator
+from typing import Annotated, Any, Literal, get_args
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from quantkit.formats.layer import LayerInputs
+from quantkit.kernels.hadamard import split
+from quantkit.kernels.online import apply
+from quantkit.models.block import Site
+from quantkit.transforms.interface import Online, Situation, Solution
+
+Place = Literal["attention.input", "attention.value", "attention.output", "mlp.input", "mlp.hidden", "other"]
+_EXPERT = re.compile(r"\.\d+(?=\.)")
+
+
+class Config(BaseModel, frozen=True, extra="forbid"):
+    """Options of ``hadamard``."""
+
+    sites: Literal["all"] | Annotated[tuple[Place, ...], Field(min_length=1)] = Field(
+        "all",
+        description="what is rotated: attention.input, mlp.input, mlp.hidden (also of experts), other (what the table "
+        "of the architecture does not cover) at run time; attention.value: values within heads, free of cost; "
+        "attention.output: across heads as well, at run time, and not part of all",
+    )
+
+    def wants(self, place: Place) -> bool:
+        return place != "attention.output" if self.sites == "all" else place in self.sites
+
+
+def online(sites: Iterable[Site], linears: Collection[str], config: Config) -> Online:
+    """Every linear whose input is rotated at run time."""
+    return {name: frozenset({"hadamard"}) for name, _ in _rotated(sites, linears, config)}
+
+
+def solve(situation: Situation, config: Config) -> Solution:
+    """Rotations with signs drawn for every block and input, alike for all experts of a block.
+
+    Linears that read one tensor get one rotation. Values are rotated only where both v and o are quantised: rounding
+    of a weight that is stored as it stands could not be made up for.
+    """
+    block, linears = situation.block, situation.linears
+    widths: dict[tuple[str, int], None] = {}
+    rotations = {}
+    for name, label in _rotated(block.sites, linears, config):
+        width = block.weight(name).shape[1]
+        widths[label, width] = None
+        rotations[name] = LayerInputs(signs=_signs(situation, label, width))
+    matrices = {}
+    for site in block.sites:
+        if site.head_dim and config.wants("attention.value") and {site.producer, *site.consumers} <= set(linears):
+            signs = LayerInputs(signs=_signs(situation, site.name, site.head_dim))
+            # Rows of the identity become the columns of R: v @ R.T is R @ v.
+            matrices[site.name] = apply(torch.eye(site.head_dim, dtype=torch.float64), signs)
+            widths[site.name, site.head_dim] = None
+    facts = [{"site": label, "width": width, "matrix": _matrix_kind(width)} for label, width in widths]
+    return Solution(matrices=matrices, ops=rotations, facts=facts)
+
+
+def _rotated(sites: Iterable[Site], linears: Collection[str], config: Config) -> Iterator[tuple[str, str]]:
+    """(linear, label) of every input that is rotated at run time; what reads one tensor has one label."""
+    covered = set()
+    for site in sites:
+        place: Any = "attention.output" if site.head_dim else site.name
+        if place not in get_args(Place):
+            place = "mlp.hidden"  # of an expert
+        for name in site.consumers:
+            covered.add(name)
+            if name in linears and config.wants(place):
+                yield name, _EXPERT.sub(".*", "attention.output" if site.head_dim else site.name)
+    if config.wants("other"):
+        yield from ((name, "other") for name in sorted(set(linears) - covered))
+
+
+def _signs(situation: Situation, label: str, width: int) -> Tensor:
+    """int8 [width], +-1; of inputs that no site names, all of one width are alike: some of them may be one tensor."""
+    seed = zlib.crc32(f"{situation.seed} {situation.block.index} {label} {width}".encode())
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, (width,), generator=generator, dtype=torch.int8) * 2 - 1
+
+
+def _matrix_kind(width: int) -> str:
+    return "hartley" if split(width).kind == "hartley" else "hadamard"

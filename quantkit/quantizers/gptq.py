@@ -192,9 +192,9 @@ def _processing_order(diagonal: Tensor, group_size: int, order: str) -> Tensor:
 def retargeted_weight(weight: Tensor, cross: Tensor, factor: Factor, alpha: float) -> Tensor:
     """W + alpha * W D (H + damping)^-1, [out_features, in_features]: what to round when X are not the float inputs.
 
-    At alpha 1 and damping 0, ||X Q^T - X' W^T||**2 = ||X (Q - W*)^T||**2 + const (D is ``cross``). Like every regression
-    on noisy inputs it shrinks: what an early block's error has blurred is not predicted but averaged away, and behind
-    several blocks of 2 bits alpha 1 costs far more than it wins. An alpha of about 0.25 keeps the gain.
+    At alpha 1 and damping 0, ||X Q^T - X' W^T||**2 = ||X (Q - W*)^T||**2 + const (D is ``cross``). Like every
+    regression on noisy inputs it shrinks: what an early block's error has blurred is not predicted but averaged away,
+    and behind several blocks of 2 bits alpha 1 costs far more than it wins. An alpha of about 0.25 keeps the gain.
     """
     root = factor.root.to(weight.dtype)
     shift = (weight @ cross.to(weight.dtype)).t().index_select(0, factor.order)

@@ -185,7 +185,6 @@ class _Work:
 
         quiet_libraries()
         torch.set_num_threads(1)
-        started = time.perf_counter()
         line: dict[str, Any] = cell._asdict()
         try:
             with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
@@ -197,7 +196,7 @@ class _Work:
                 line["texts"] = self._measure(out)
         except QuantkitError as error:
             line["error"] = str(error)
-        return line | {"seconds": round(time.perf_counter() - started, 2)}
+        return line
 
     def _quantise(self, cell: Cell, out: Path) -> dict[str, Any]:
         from quantkit.pipeline import quantize
@@ -211,7 +210,6 @@ class _Work:
         return {
             "bits_per_weight": round(result.bits_per_weight, 4),
             "format": result.format,
-            "quantise_seconds": round(result.seconds, 2),
             "warnings": list(result.warnings),
         }
 

@@ -314,7 +314,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[Any]
 ) -> None:
     recipe = {"scheme": "W3A16G32", "steps": steps, "calibration": CALIBRATION}
-    quantkit.quantize(str(source("qwen2_moe")), output=tmp_path / "whole", recipe=recipe)
+    quantkit.quantize(str(source("llama")), output=tmp_path / "whole", recipe=recipe)
 
     def stop_at_the_second_block(self: Any, key: str, *rest: Any) -> None:
         if key == "block 1":
@@ -324,9 +324,9 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     write = writer.CheckpointWriter.write_shard
     monkeypatch.setattr(writer.CheckpointWriter, "write_shard", stop_at_the_second_block)
     with pytest.raises(KeyboardInterrupt):
-        quantkit.quantize(str(source("qwen2_moe")), output=tmp_path / "stopped", recipe=recipe)
+        quantkit.quantize(str(source("llama")), output=tmp_path / "stopped", recipe=recipe)
     monkeypatch.undo()
-    quantkit.quantize(str(source("qwen2_moe")), output=tmp_path / "stopped", recipe=recipe, resume=True)
+    quantkit.quantize(str(source("llama")), output=tmp_path / "stopped", recipe=recipe, resume=True)
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

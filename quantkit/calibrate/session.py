@@ -179,7 +179,9 @@ def _share(max_bytes: int | None, streams: int) -> int | None:
 def _first(value: Any, rows: int, batch: int) -> Any:
     """``value`` (arguments of a module) for the first ``rows`` samples of a batch of ``batch``."""
     if isinstance(value, Tensor):
-        return value[:rows] if value.dim() and value.shape[0] == batch else value
+        # ALiBi is [batch * heads, 1, tokens], samples one after the other
+        parts = value.shape[0] // batch if value.dim() == 3 else 1
+        return value[: rows * parts] if value.dim() and parts and value.shape[0] == batch * parts else value
     if isinstance(value, dict):
         return {key: _first(part, rows, batch) for key, part in value.items()}
     if isinstance(value, tuple | list):

@@ -65,7 +65,9 @@ class Transformed:
         if pair is not None and t is not None and self._sound(method, "queries and keys", t, None):
             fold.apply_qk_scale(self.block, pair, t)
         rotated += [name for name, op in solution.ops.items() if self._apply_op(method, name, op)]
-        self._forget_limits(rotated)
+        changed = [site for site in self.block.sites if site.name in solution.sites]
+        rescaled = [name for site in changed for name in (site.producer, *site.consumers)]
+        self._forget_limits([*rescaled, *solution.linears, *rotated])
         self.limits |= solution.limits
         self.facts += [{"method": method, **fact} for fact in solution.facts]
 
@@ -175,7 +177,8 @@ class Transformed:
         lost = [name for name in names if self.limits.pop(name, None) is not None]
         if lost:
             more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-            self.warn(f"{self.block.prefix}{lost[0]}{more}: limits of weights are given up where these were rotated.")
+            where = f"{self.block.prefix}{lost[0]}{more}"
+            self.warn(f"{where}: limits of weights are given up where these were transformed again.")
 
     def _add_to_bias(self, name: str, shift: Tensor) -> None:
         """bias += W @ shift, float64: what the input has lost."""

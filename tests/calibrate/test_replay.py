@@ -70,12 +70,13 @@ def test_stand_ins_do_what_changed_weights_do(source, name):
             assert replay.error({}) == 0
 
 
-def test_the_tokens_are_those_of_the_first_samples_whatever_the_batch(source):
-    model = Opened(source("gemma2"))
+@pytest.mark.parametrize("name", ["gemma2", "bloom"])
+def test_the_tokens_are_those_of_the_first_samples_whatever_the_batch(source, name):
+    model = Opened(source(name))
     site = next(site for site in model.skeleton.sites(1) if site.name == "attention.input")
     errors = []
     for batch_size in (1, 3, 7, 12):
-        with session_of(source("gemma2"), batch_size) as session:
+        with session_of(source(name), batch_size) as session:
             replay = session.replays(model.block(1), model.linears(1))(site, 50)
             assert replay.tokens == 60  # five samples of 12
             errors.append(replay.error(noisy(model, 1, site)))

@@ -181,4 +181,4 @@ def test_limits_of_weights_that_are_rotated_are_given_up(tiny):
     assert set(state.limits) == {"mlp.up_proj", "mlp.gate_proj"}
     assert state.limits["mlp.up_proj"][1] == 2  # found for the rotated weight
     place = "model.layers.0.self_attn.v_proj and 1 more"
-    assert warnings == [f"{place}: limits of weights are given up where these were rotated."]
+    assert warnings == [f"{place}: limits of weights are given up where these were transformed again."]

@@ -5,9 +5,9 @@ mean and the variance of every channel of the block's output are what they were 
 
   - Steps are shares of what a norm multiplies by (``norms.py``), so one learning rate suits norms into which scales of
     other methods were folded. Steps that add up to less than the stored dtype can hold would be lost.
-  - The target is the block's output in the float model, not what the float block makes of the quantised blocks' output:
-    what earlier blocks lost is made up for as well. With it comes the mean squared error (``losses.py``): of two
-    outputs distributed alike, the one nearer to the target is better.
+  - With the statistics comes the mean squared error (``losses.py``): of two outputs distributed alike, the one nearer
+    to the target is better. With ``target: float`` that is the block's output in the float model, not what the float
+    block makes of the same input: what earlier blocks lost is made up for as well, which does harm if it was too much.
   - A part of the samples is held out. New values are taken only if there, as they will be stored, they bring the block
     closer in distribution and in mean squared error; else with half the steps, and at last not at all.
 """
@@ -29,8 +29,8 @@ from quantkit.tuning.norms import Delta, NormValues, find_norms
 from quantkit.tuning.samples import Samples
 
 _FAITHFUL: dict[str, Any] = {
-    "target": "quantised", "loss": "dist_sq_std", "mse_weight": 0.0, "normalise": False, "skip_first": False,
-    "relative": False, "lr": 1e-5, "schedule": 5.0, "iterations": 1, "batch": 1, "holdout": 0.0,
+    "mse_weight": 0.0, "normalise": False, "skip_first": False, "relative": False, "lr": 1e-5, "schedule": 5.0,
+    "iterations": 1, "batch": 1, "holdout": 0.0,
 }  # fmt: skip
 """What the authors do, as far as it differs from the defaults."""
 _EPSILON = 1e-8
@@ -48,7 +48,7 @@ class Config(BaseModel, frozen=True, extra="forbid"):
         "recommended", description="faithful: the authors' recipe, for every option that is not given"
     )
     target: Literal["quantised", "float"] = Field(
-        "float", description="the block's output in the float model, or what the float block makes of the same input"
+        "quantised", description="what the float block makes of the same input, or its output in the float model"
     )
     loss: Loss = Field("dist_sq_std", description="what is minimised; dist: mean and spread of every channel")
     mse_weight: float = Field(1.0, ge=0, description="weight of the mean squared error beside the loss")

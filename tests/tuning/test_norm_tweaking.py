@@ -22,8 +22,7 @@ from quantkit.tuning.norms import NormValues, find_norms
 from quantkit.tuning.samples import Samples
 
 SAMPLES, TOKENS = 12, 16
-EASY = {"target": "quantised", "lr": 3e-3}
-"""Both streams are the same here."""
+EASY = {"lr": 3e-3}
 
 
 class Bench:
@@ -219,7 +218,7 @@ def test_finds_back_norms_that_were_changed(bench, name, loss):
         weight.data = (offset + weight) * (0.9 + 0.2 * torch.rand(weight.shape, generator=generator)) - offset
         error[f"{path}.weight"] = (weight + offset) / (planted[f"{path}.weight"] + offset) - 1
     config = Config(
-        target="quantised", loss=loss, mse_weight=0, normalise=False, skip_first=False, lr=1e-2, schedule=0,
+        loss=loss, mse_weight=0, normalise=False, skip_first=False, lr=1e-2, schedule=0,
         iterations=8, batch=1, limit=0.3, holdout=0,
     )  # fmt: skip
     tuned = tune(situation, config)
@@ -243,7 +242,7 @@ def test_every_loss_brings_the_block_closer_on_samples_it_never_saw(bench, loss)
 def test_the_learning_rate_grows_with_depth(bench):
     for index, expected in ((0, 1e-4), (1, 1e-4 * (1 + 3 / 2))):
         situation = bench(index=index).situation()
-        facts = tune(situation, Config(target="quantised", lr=1e-4, schedule=3.0)).facts
+        facts = tune(situation, Config(lr=1e-4, schedule=3.0)).facts
         assert facts["tries"] == 1
         assert facts["lr"] == pytest.approx(expected)
 
@@ -254,7 +253,7 @@ def test_changes_stay_within_the_limit(bench):
 
 
 def test_what_does_harm_on_samples_it_never_saw_is_not_taken(bench):
-    wild = {"target": "quantised", "lr": 0.5, "limit": 1.0}
+    wild = {"lr": 0.5, "limit": 1.0}
     fine = bench(scheme="W8A16G32")
     tuned = tune(fine.situation(), Config(**wild, tries=2))
     assert not tuned.tensors
@@ -272,7 +271,7 @@ def test_what_does_harm_on_samples_it_never_saw_is_not_taken(bench):
 
 def test_judged_as_they_are_stored(bench):
     """What float32 would gain is lost in bfloat16, whose steps are larger than what training adds up to."""
-    small = {"target": "quantised", "lr": 2e-5, "schedule": 0.0}
+    small = {"lr": 2e-5, "schedule": 0.0}
     check_better(tune(bench().situation(), Config(**small)))
     tuned = tune(bench().situation(dtype=torch.bfloat16), Config(**small))
     assert tuned.facts["changed"] < 0.05

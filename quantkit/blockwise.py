@@ -186,7 +186,7 @@ class BlockQuantizer:
         module = self._dense_module(state, formats)
         want: Any = step.statistics
         reference = self._dense_module(state, {}) if "cross" in want and self._recipe.scheme.activations else None
-        statistics = session.observe(module, names, want, reference=reference)
+        statistics = session.observe(module, names, want, reference=reference, stream=step.stream)
         for path, samples in sorted(statistics.nonfinite.items()):
             self._warn(
                 f"{state.block.prefix}{path}: the input holds NaN or Inf for calibration samples "

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ValidationError
 
 from quantkit import registry
 from quantkit.errors import RecipeError, did_you_mean
 from quantkit.recipe import Recipe
+
+if TYPE_CHECKING:
+    from quantkit.calibrate.streams import StreamName
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,11 @@ class BoundStep:
     @property
     def needs_data(self) -> bool:
         return bool(self.statistics) or self.method.data
+
+    @property
+    def stream(self) -> StreamName:
+        """The hidden states that its statistics are of."""
+        return "float" if getattr(self.config, "inputs", "") == "float" else "quantised"
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,10 @@ class Steps:
     @property
     def wants_float_stream(self) -> bool:
         """Does a step compare with what the samples are in the float model?"""
-        return any("cross" in step.statistics or getattr(step.config, "target", "") == "float" for step in self)
+        return any(
+            "cross" in step.statistics or step.stream == "float" or getattr(step.config, "target", "") == "float"
+            for step in self
+        )
 
 
 def bind_steps(recipe: Recipe) -> Steps:

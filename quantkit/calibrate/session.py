@@ -23,6 +23,7 @@ from quantkit.models.skeleton import Skeleton
 from quantkit.models.stream import BlockStream
 from quantkit.plan import Plan
 from quantkit.transforms.interface import Lesson
+from quantkit.tuning.samples import usable_in_autograd
 
 
 class Session:
@@ -63,12 +64,14 @@ class Session:
         *,
         reference: nn.Module | None = None,
         skip_first: int = 1,
+        stream: StreamName = "quantised",
     ) -> BlockStatistics:
         """Statistics of what enters the modules ``names`` when ``module`` is the current block.
 
         Args:
             reference: what the float stream goes through for ``cross``; None: ``module``.
             skip_first: positions at the start of a sample that only second moments see; see ``observe``.
+            stream: the one that is observed.
         """
         return observe(
             self.streams,
@@ -79,6 +82,7 @@ class Session:
             seed=self._settings.seed,
             skip_first=skip_first if self.streams.tokens > 1 else 0,
             reference=reference,
+            stream=stream,
         )
 
     def outputs(self, module: nn.Module, stream: StreamName = "quantised") -> HiddenStates:
@@ -103,6 +107,7 @@ class Session:
                 outputs = [self.streams.run(name, number, module) for name in streams]
                 targets.replace(number, torch.stack(outputs).mean(0) if len(outputs) > 1 else outputs[0])
             split_experts(module, names, self._experts)
+            usable_in_autograd(module)
             return Lesson(module, self.streams, targets)
 
         return lesson

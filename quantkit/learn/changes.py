@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from quantkit.learn.fake_quant import Clip, InputRounding, round_weight, search_factors
 from quantkit.learn.functional import Tensors, fold_query_key, fold_site
+from quantkit.learn.loop import Group
 from quantkit.models.block import QueryKey, Site
 from quantkit.quantizers.grid import group_count
 from quantkit.transforms.fold import consumer_columns, shift_obstacle
-from quantkit.transforms.interface import Observed, SiteChange, Situation, Solution
+from quantkit.transforms.interface import Lesson, Observed, SiteChange, Situation, Solution
 from quantkit.transforms.smoothquant import smoothing_scale
 
 if TYPE_CHECKING:
@@ -59,15 +60,11 @@ class Change(nn.Module):
 class BlockChanges:
     """Everything that is learned about a block, and what becomes of the block's tensors with it."""
 
-    def __init__(
-        self, situation: Situation, config: Config, observed: Observed, base: Tensors, touched: Collection[str]
-    ) -> None:
-        """
-        Args:
-            base: the block's tensors, not of inference mode.
-            touched: linears whose input is changed at run time already; no shift is folded there.
-        """
-        self._situation, self._config, self._base = situation, config, base
+    def __init__(self, situation: Situation, config: Config, observed: Observed, lesson: Lesson) -> None:
+        self._situation, self._config = situation, config
+        base = self._base = {name: tensor.detach() for name, tensor in lesson.module.named_parameters()}
+        # An earlier transform changes their input at run time: no shift is folded there.
+        touched = {name for name in situation.linears if lesson.module.get_submodule(name)._forward_pre_hooks}
         self._statistics = observed.statistics
         block, activations = situation.block, situation.scheme.activations
         self._changes: dict[str, Change] = {}
@@ -150,17 +147,11 @@ class BlockChanges:
 
     # --- use ---------------------------------------------------------------------------------------------------------
 
-    def of_signals(self) -> list[nn.Parameter]:
+    def groups(self) -> list[Group]:
         own = [] if self._query_key is None else [self._query_key]
-        return [parameter for change in self._changes.values() for parameter in change.parameters()] + own
-
-    def of_limits(self) -> list[nn.Parameter]:
-        return [clip.logits for clip in self._clips.values()]
-
-    def forget_inputs(self) -> None:
-        """To be called before every forward."""
-        for hook in self.inputs.values():
-            hook.forget()
+        signals = [parameter for change in self._changes.values() for parameter in change.parameters()] + own
+        limits = [clip.logits for clip in self._clips.values()]
+        return [Group("let", signals, self._config.lr_let), Group("clip", limits, self._config.lr_clip)]
 
     def tensors(self) -> Tensors:
         """What takes the place of the block's tensors, with gradients; sets what is done to inputs as well."""

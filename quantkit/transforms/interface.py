@@ -35,7 +35,8 @@ class Lesson:
     """The whole block, what enters it and what should come out of it: what is learned, is learned from this."""
 
     module: nn.Module
-    """The block as the transforms before left it, dense, float32, merged experts taken apart. To be left as it is."""
+    """The block as the transforms before left it, dense, float32, merged experts taken apart, no inference
+    tensors in it. To be left as it is."""
     streams: Streams
     """Standing before the block; ``quantised`` is what will enter it."""
     targets: HiddenStates
@@ -53,7 +54,7 @@ class Observed:
     that many calibration tokens: it computes what comes out for other weights and inputs of these consumers."""
     lesson: Callable[[Sequence[StreamName]], Lesson] | None = None
     """(streams) -> the lesson whose targets are what the block as it is makes of these streams, the mean over them. The
-    ``float`` stream is there if ``target`` of the method's options is "float"."""
+    ``float`` stream is there if ``target`` or ``inputs`` of the method's options is "float"."""
 
 
 @dataclass(frozen=True)

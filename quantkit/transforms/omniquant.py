@@ -20,22 +20,16 @@ Only round to nearest asks for limits: other roundings choose their range themse
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
+from quantkit.learn.block import BlockLearner, BlockOptions
 from quantkit.learn.changes import BlockChanges
-from quantkit.learn.functional import Tensors
-from quantkit.learn.loop import Group, LoopOptions, Losses, mean_loss, split, train
 from quantkit.models.block import Site
-from quantkit.transforms.interface import InputOp, Lesson, Observed, Online, Situation, Solution, online_sites
-from quantkit.tuning.losses import Objective, channel_units
-from quantkit.tuning.samples import Samples
+from quantkit.transforms.interface import InputOp, Online, Situation, Solution, online_sites
 
 if TYPE_CHECKING:
     from quantkit.calibrate.streams import StreamName
@@ -44,7 +38,7 @@ _START_SAMPLES = 8
 """Samples that decide where limits start."""
 
 
-class Config(LoopOptions):
+class Config(BlockOptions):
     """Options of ``omniquant``."""
 
     clip: bool = Field(True, description="learn limits for the weights; only before rtn")
@@ -63,11 +57,7 @@ class Config(LoopOptions):
     lr_clip: float = Field(
         5e-2, gt=0, description="learning rate of limits; the authors' is 0.01 for ten times as many steps"
     )
-    target: Literal["float", "quantised"] = Field(
-        "float", description="the block's output in the float model, or what the float block makes of the same input"
-    )
     aug_loss: bool = Field(False, description="target float: both targets; the authors' choice for 2 bits")
-    skip_first: bool = Field(True, description="leave the first token of every sample out of the loss")
 
     def changes_signals(self, rounds_inputs: bool) -> bool:
         return self.let == "always" or (self.let == "auto" and rounds_inputs)
@@ -91,101 +81,24 @@ def solve(situation: Situation, config: Config) -> Solution:
     with torch.inference_mode(False), torch.enable_grad():
         lesson = observed.lesson(streams)
         with lesson.targets:
-            return _OmniQuant(situation, config, observed, lesson).run()
-
-
-class _OmniQuant:
-    """One block."""
-
-    def __init__(self, situation: Situation, config: Config, observed: Observed, lesson: Lesson) -> None:
-        self._situation, self._config, self._module = situation, config, lesson.module
-        self._samples = Samples(lesson.module, lesson.streams, lesson.targets, skip_first=int(config.skip_first))
-        base = {name: tensor.detach() for name, tensor in lesson.module.named_parameters()}
-        self._learned = BlockChanges(situation, config, observed, base, self._touched())
-        unit, variance = channel_units(self._samples.targets(self._samples.with_target()))
-        self._objective = Objective("mse", 0.0, unit, variance)
-
-    def run(self) -> Solution:
-        config, situation, learned = self._config, self._situation, self._learned
-        groups = [Group("let", learned.of_signals(), config.lr_let), Group("clip", learned.of_limits(), config.lr_clip)]
-        if not any(group.parameters for group in groups):
-            situation.note("omniquant has nothing to learn in some blocks: see its options clip and let.")
-            return Solution()
-        with self._rounded_inputs():
-            samples, before = self._usable()
-            learn, judges = split(samples, config.holdout, situation.seed)
-            if not judges or not any(before.values()):  # nothing to go by, or nothing that is lost
+            learned = BlockChanges(situation, config, observed, lesson)
+            if not any(group.parameters for group in learned.groups()):
+                situation.note("omniquant has nothing to learn in some blocks: see its options clip and let.")
                 return Solution()
-            if config.clip_start == "search":
-                self._choose_limits(learn[:_START_SAMPLES])
-            curve = train(groups, self._fix, learn, judges, config, situation.seed)
-        plain = sum(before[sample] for sample in judges) / len(judges)
-        accepted = curve.best < plain
-        fact = {
-            "loss_before": plain,
-            "loss": curve.best if accepted else plain,
-            "accepted": accepted,
-            "learned_from": len(learn),
-            "judged_by": len(judges),
-            "learning": curve.record(),
-        }
-        return learned.solution(fact) if accepted else Solution(facts=[fact])
+            learner = BlockLearner(situation, config, lesson, learned)
+            if config.clip_start == "wide":
+                return learner.run()
+            return learner.run(lambda samples: _choose_limits(learner, learned, samples[:_START_SAMPLES]))
 
-    def _choose_limits(self, samples: Sequence[int]) -> None:
-        """Start with the searched limits of a linear (of all experts at once), or half of them, if that is better."""
-        least = mean_loss(self._fix, samples, self._config.micro_batch)
-        for names in self._learned.kinds():
-            best = 0.0
-            for share in (0.5, 1.0):
-                self._learned.start_limits(names, share)
-                loss = mean_loss(self._fix, samples, self._config.micro_batch)
-                if loss < least:
-                    least, best = loss, share
-            self._learned.start_limits(names, best)
 
-    def _touched(self) -> set[str]:
-        """Linears whose input an earlier transform changes at run time."""
-        return {name for name in self._situation.linears if self._module.get_submodule(name)._forward_pre_hooks}
-
-    def _fix(self) -> Losses:
-        return self._losses(self._learned.tensors())
-
-    def _losses(self, tensors: Tensors) -> Losses:
-        """Losses of the block with ``tensors`` in the place of its own."""
-
-        def losses(samples: Sequence[int]) -> Tensor:
-            found = []
-            for part in self._samples.parts(samples):
-                self._learned.forget_inputs()
-                outcome = self._samples.run(part, tensors)
-                found.append(self._objective.of(outcome.output, outcome.target, outcome.mask))
-            return torch.cat(found)
-
-        return losses
-
-    def _usable(self) -> tuple[list[int], dict[int, float]]:
-        """Samples that have a finite loss when everything is rounded to nearest, and that loss."""
-        found: dict[int, float] = {}
-        with torch.no_grad():
-            losses, samples = self._losses(self._learned.plain_tensors()), self._samples.with_target()
-            for first in range(0, len(samples), self._config.micro_batch):
-                part = samples[first : first + self._config.micro_batch]
-                found.update(zip(part, losses(part).tolist(), strict=True))
-        finite = {sample: loss for sample, loss in found.items() if math.isfinite(loss)}
-        return list(finite), finite
-
-    @contextmanager
-    def _rounded_inputs(self) -> Iterator[None]:
-        """Inside, the block changes and rounds the inputs of linears as it will at run time."""
-        hooks = self._learned.inputs
-        handles = [
-            self._module.get_submodule(name).register_forward_pre_hook(hook)
-            for name, hook in hooks.items()
-            if name in self._situation.linears
-        ]
-        try:
-            yield
-        finally:
-            self._learned.forget_inputs()
-            for handle in handles:
-                handle.remove()
+def _choose_limits(learner: BlockLearner, learned: BlockChanges, samples: Sequence[int]) -> None:
+    """Start with the searched limits of a linear (of all experts at once), or half of them, if that is better."""
+    least = learner.loss(samples)
+    for names in learned.kinds():
+        best = 0.0
+        for share in (0.5, 1.0):
+            learned.start_limits(names, share)
+            loss = learner.loss(samples)
+            if loss < least:
+                least, best = loss, share
+        learned.start_limits(names, best)

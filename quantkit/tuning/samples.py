@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from quantkit.calibrate.hidden import HiddenStates
-from quantkit.calibrate.streams import Streams
+from quantkit.calibrate.streams import StreamName, Streams
 
 _SAME = 1e-3
 """Relative difference up to which a sample run by itself gives what it gave in its batch: the order of additions."""
@@ -42,18 +42,28 @@ class Outcome:
 class Samples:
     """The calibration samples before a block, one by one, however they are batched."""
 
-    def __init__(self, module: nn.Module, streams: Streams, targets: HiddenStates, *, skip_first: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        streams: Streams,
+        targets: HiddenStates,
+        *,
+        skip_first: int,
+        stream: StreamName = "quantised",
+    ) -> None:
         """
         Args:
             module: the block; from here on nothing in it is an inference tensor.
             streams: standing before it.
             targets: what it should make of the samples.
             skip_first: positions at the start of every sample, padding not counted, that do not count.
+            stream: what enters the block.
         """
         self._module = module
         self._streams = streams
         self._targets = targets
         self._skip_first = skip_first
+        self._stream = stream
         self._loaded: tuple[int, Tensor, Tensor] | None = None
         usable_in_autograd(module)
         self._separable = self._can_be_cut()
@@ -106,7 +116,7 @@ class Samples:
         """Input and target of a batch; kept until another one is wanted."""
         if self._loaded is None or self._loaded[0] != number:
             self._loaded = None  # never two at a time
-            self._loaded = number, self._streams.hidden("quantised", number), self._targets.batch(number).float()
+            self._loaded = number, self._streams.hidden(self._stream, number), self._targets.batch(number).float()
         return self._loaded[1:]
 
     def _mask(self, number: int) -> Tensor:

@@ -21,7 +21,7 @@ from quantkit.blockwise import _limited
 from quantkit.formats import writer
 from quantkit.formats.layer import LayerFormat
 from quantkit.layers.simulate import simulate_inputs
-from quantkit.learn import loop
+from quantkit.learn import block, loop
 from quantkit.quantizers import rtn
 from quantkit.transforms import omniquant
 from quantkit.transforms.apply import Transformed
@@ -97,7 +97,7 @@ def test_whatever_is_learned_leaves_the_function(source: Source, monkeypatch: py
                 parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator)
         return loop.Curve(holdout=[0.0])
 
-    monkeypatch.setattr(omniquant, "train", scatter)
+    monkeypatch.setattr(block, "train", scatter)
     with taught(source(name), "W4A4") as lesson:
         looked = lesson.looked
         solution = lesson.solve(query_key=True)

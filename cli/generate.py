@@ -36,7 +36,8 @@ def generate(
     import torch
     from transformers import TextStreamer
 
-    from quantkit.cli.console import print_json, say
+    from quantkit.cli.console import print_json, say, size
+    from quantkit.kv.attach import kv_cache, kv_format
     from quantkit.loading import check_writes_text
 
     loaded, tokenizer = load_model(model, dtype, device, trust_remote_code)
@@ -46,18 +47,24 @@ def generate(
     _check_length(loaded, length, max_new_tokens)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    cache = kv_cache(loaded) if kv_format(loaded) else None
     streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
     started = time.perf_counter()
     output = loaded.generate(
-        **inputs, **sampling, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=_pad_id(loaded, tokenizer)
-    )[0]
+        **inputs, **sampling, max_new_tokens=max_new_tokens, streamer=streamer, past_key_values=cache,
+        pad_token_id=_pad_id(loaded, tokenizer),
+    )[0]  # fmt: skip
     seconds = time.perf_counter() - started
     new = output[length:]
     if as_json:
         text = tokenizer.decode(new, skip_special_tokens=True)
-        print_json({"model": model, "prompt": prompt, "text": text, "tokens": len(new), "seconds": round(seconds, 3)})
-    else:
-        say(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s")
+        result = {"model": model, "prompt": prompt, "text": text, "tokens": len(new), "seconds": round(seconds, 3)}
+        print_json(result | ({} if cache is None else {"kv_cache": cache.memory_report().describe()}))
+        return
+    say(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s")
+    if cache is not None:
+        memory = cache.memory_report()
+        say(f"keys and values: {size(memory.bytes)}, {memory.bits_per_element:.2f} bits per element")
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:

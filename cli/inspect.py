@@ -58,6 +58,7 @@ def inspect(
             "bits_per_weight": report.bits_per_weight,
             "bytes": report.total_bytes,
             "online_share": report.online_share,
+            "kv_cache": None if report.kv is None else report.kv.model_dump(mode="json"),
             "blocks": [{key: value for key, value in event.items() if key != "layers"} for event in events],
         }
         print_json(summary | {"layers": rows})
@@ -87,5 +88,7 @@ def inspect(
     )
     if report.online_share:
         print(f"multiplying inputs by matrices at run time adds {report.online_share:.1%} to the linears' operations")
+    if report.kv is not None:
+        print(f"keys and values in the cache: {report.kv.describe()}")
     for line in summarise(report.record):
         print(line)

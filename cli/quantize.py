@@ -60,6 +60,13 @@ def quantize(
             help="GiB that calibration's hidden states may take; more of them are kept on disk  [default: all]"
         ),
     ] = None,
+    block_parallel: Annotated[
+        int | None,
+        typer.Option(
+            help="learn so many blocks at once, each in a process with one thread; for transforms that look at the "
+            "float model alone (flatquant)"
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="seed of everything random")] = None,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="keep layers with NaN or Inf in full precision")
@@ -107,7 +114,7 @@ def quantize(
 
     with Progress(quiet=as_json) as progress:
         result = run(
-            model, output=output, recipe=expanded, overwrite=overwrite, resume=resume,
+            model, output=output, recipe=expanded, overwrite=overwrite, resume=resume, block_parallel=block_parallel,
             trust_remote_code=trust_remote_code, on_progress=progress.update,
         )  # fmt: skip
     if as_json:

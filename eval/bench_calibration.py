@@ -4,7 +4,8 @@
 
 Measured on the blocks of ``--model`` (repeatable) and on one random-weight block of the shape of Llama-3-8B (hidden
 4096, intermediate 14336, 32 heads, 8 of keys and values) with 16 samples of 512 tokens. Each run is a process of its
-own; a block's seconds are those of the run record, everything included.
+own; a block's seconds are those of the run record, everything included. CPU seconds, of all threads together, say more
+where the machine has other work to do.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def main(
                         "method": wanted,
                         "scheme": METHODS[wanted],
                         "seconds_per_block": round(statistics.median(run["block_seconds"]), 2),
+                        "cpu_seconds_per_block": round(statistics.median(run["block_cpu_seconds"]), 2),
                         "peak_rss_mb": round(run["peak_rss_bytes"] / 1e6, 1),
                     }
                 )

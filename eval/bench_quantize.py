@@ -75,7 +75,7 @@ def write_random_llama(
 
 
 def run_quantize(source: Path, output: Path, method: str, scheme: str, flags: Sequence[str] = ()) -> dict[str, Any]:
-    """``quantkit quantize`` in a process of its own: what it prints with ``--json``, and the seconds of each block."""
+    """``quantkit quantize`` in a process of its own: what ``--json`` prints, and seconds of each block."""
     command = [sys.executable, "-m", "quantkit", "quantize", str(source), "-o", str(output)]
     command += ["--method", method, "--scheme", scheme, "--overwrite", "--json", *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -83,7 +83,9 @@ def run_quantize(source: Path, output: Path, method: str, scheme: str, flags: Se
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
     result: dict[str, Any] = json.loads(done.stdout)
     events = [json.loads(line) for line in (output / "quantkit-run.jsonl").read_text().splitlines()]
-    result["block_seconds"] = [event["seconds"] for event in events if "block" in event]
+    blocks = [event for event in events if "block" in event]
+    result["block_seconds"] = [event["seconds"] for event in blocks]
+    result["block_cpu_seconds"] = [event["cpu_seconds"] for event in blocks]
     return result
 
 

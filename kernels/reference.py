@@ -54,7 +54,7 @@ _scratch = _Scratch()
 
 def linear(x: Tensor, layer: QuantLinear) -> Tensor:
     """[..., in_features] -> [..., out_features]; ``x`` has the dtype of the layer's scales, and so has the result."""
-    y: Tensor = _Product.apply(transform_input(x, layer.inputs, layer.format.activations), layer)
+    y: Tensor = _Product.apply(layer.changed_input(x), layer)
     return y
 
 
@@ -70,38 +70,53 @@ def transform_input(x: Tensor, inputs: LayerInputs, activations: ActivationSchem
         x = x + inputs.shift.to(x.dtype)
     x = online.apply(x, inputs)
     if activations is not None:
-        x = fake_quantize(x, activations, inputs.static_scale, inputs.static_zero_point)
+        x = fake_quantize(x, activations, inputs.static_scale, inputs.static_zero_point, inputs.clip)
     return x
 
 
 def fake_quantize(
-    x: Tensor, scheme: ActivationScheme, scale: Tensor | None = None, zero_point: Tensor | None = None
+    x: Tensor,
+    scheme: ActivationScheme,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    clip: Tensor | None = None,
 ) -> Tensor:
     """Round ``x`` [..., features] to a grid, as compressed-tensors simulates it.
 
     All arithmetic is in the dtype of ``x``. The gradient goes straight through the rounding, and is 0 where a static
-    grid cuts ``x`` off.
+    grid cuts ``x`` off. With ``clip`` the grid itself has a gradient: what it cuts off moves with its ends, what it
+    rounds has the slope q - x / step to the step (Esser et al., LSQ, arXiv 1902.08153, eq. 3), and both go on to
+    ``clip`` and to the least and largest value of the range.
 
     Args:
         scheme: a token is a row of the last dimension; a group is ``group_size`` neighbours in it, the last one of a
             row may be shorter.
         scale: [1], the step of a static grid; None: one over the range of each token, group or of all of ``x``.
         zero_point: [1], the signed code of 0 on a static grid; None: symmetric.
+        clip: [2], shares of the lower and of the upper end of those ranges; without ``scale`` only. None: all of it.
     """
     if x.numel() == 0:
         return x
-    if x.requires_grad and torch.is_grad_enabled():
-        rounded: Tensor = _StraightThrough.apply(x, scheme, scale, zero_point)
+    if torch.is_grad_enabled() and (x.requires_grad or (clip is not None and clip.requires_grad)):
+        rounded: Tensor
+        if clip is not None:
+            rounded = _Clipped.apply(x, clip, scheme)
+        else:
+            rounded = _StraightThrough.apply(x, scheme, scale, zero_point)
         return rounded
     if scale is not None:
         return _to_grid(x, scheme.bits, scale.to(x.dtype), None if zero_point is None else zero_point.to(x.dtype))
+    return _to_own_grids(x, scheme, clip)
+
+
+def _to_own_grids(x: Tensor, scheme: ActivationScheme, clip: Tensor | None) -> Tensor:
     if scheme.granularity != "group":
-        return _to_own_grid(x, scheme)
+        return _to_own_grid(x, scheme, clip)
     assert scheme.group_size is not None
     whole = x.shape[-1] // scheme.group_size
     split = whole * scheme.group_size
     parts = [x[..., :split].unflatten(-1, (whole, scheme.group_size)), x[..., split:].unsqueeze(-2)]
-    return torch.cat([_to_own_grid(part, scheme).flatten(-2) for part in parts if part.numel()], dim=-1)
+    return torch.cat([_to_own_grid(part, scheme, clip).flatten(-2) for part in parts if part.numel()], dim=-1)
 
 
 def grid_over(low: Tensor, high: Tensor, scheme: ActivationScheme, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -114,12 +129,15 @@ def grid_over(low: Tensor, high: Tensor, scheme: ActivationScheme, dtype: torch.
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = (torch.maximum(-low, high) / (steps / 2) if scheme.symmetric else (high - low) / steps).to(dtype)
     scale = torch.where(scale == 0, torch.finfo(dtype).eps, scale)
-    return scale, None if scheme.symmetric else (lowest - low / scale).clamp(lowest, highest).round()
+    return scale, None if scheme.symmetric else _nearest((lowest - low / scale).clamp(lowest, highest))
 
 
-def _to_own_grid(x: Tensor, scheme: ActivationScheme) -> Tensor:
+def _to_own_grid(x: Tensor, scheme: ActivationScheme, clip: Tensor | None) -> Tensor:
     """Round to a grid over the range of all of ``x`` (granularity: tensor) or of each row of its last dimension."""
     low, high = torch.aminmax(x) if scheme.granularity == "tensor" else torch.aminmax(x, dim=-1, keepdim=True)
+    if clip is not None:
+        shares = clip.to(x.dtype)
+        low, high = low * shares[0], high * shares[1]
     return _to_grid(x, scheme.bits, *grid_over(low, high, scheme, x.dtype))
 
 
@@ -127,8 +145,13 @@ def _to_grid(x: Tensor, bits: int, scale: Tensor, zero_point: Tensor | None) -> 
     lowest, highest, _ = _codes(bits)
     codes = x / scale
     if zero_point is None:
-        return codes.clamp(lowest, highest).round() * scale
-    return ((codes + zero_point).clamp(lowest, highest).round() - zero_point) * scale
+        return _nearest(codes.clamp(lowest, highest)) * scale
+    return (_nearest((codes + zero_point).clamp(lowest, highest)) - zero_point) * scale
+
+
+def _nearest(codes: Tensor) -> Tensor:
+    """``codes.round()``, bit for bit, through which gradients go straight."""
+    return codes + (codes.round() - codes).detach() if codes.requires_grad else codes.round()
 
 
 def _codes(bits: int) -> tuple[int, int, int]:
@@ -197,6 +220,27 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = grads
         return grad * ctx.saved_tensors[0] if ctx.saved_tensors else grad, None, None, None
+
+
+class _Clipped(torch.autograd.Function):
+    """``fake_quantize`` to grids whose ends have gradients; computed once more on the way back instead of kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clip: Tensor, scheme: ActivationScheme) -> Tensor:
+        ctx.scheme = scheme
+        ctx.save_for_backward(x, clip)
+        return _to_own_grids(x.detach(), scheme, clip.detach())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[:2]
+        x, clip = (t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, wanted, strict=True))
+        with torch.enable_grad():
+            rounded = _to_own_grids(x, ctx.scheme, clip)
+        (grad,) = grads
+        wrt: list[Tensor] = [t for t in (x, clip) if t.requires_grad]
+        found = iter(torch.autograd.grad(rounded, wrt, grad))
+        return *(next(found) if need else None for need in wanted), None
 
 
 class _Product(torch.autograd.Function):

@@ -13,16 +13,18 @@ from quantkit.errors import QuantkitError, RecipeError
 from quantkit.integrations.hook import register_with_transformers
 
 if TYPE_CHECKING:
+    from quantkit.kv.attach import kv_cache
     from quantkit.loading import load
     from quantkit.pipeline import quantize
     from quantkit.recipe import Recipe, Scheme, load_recipe
 
-__all__ = ["QuantkitError", "Recipe", "RecipeError", "Scheme", "load", "load_recipe", "quantize"]
+__all__ = ["QuantkitError", "Recipe", "RecipeError", "Scheme", "kv_cache", "load", "load_recipe", "quantize"]
 __version__ = "0.1.0"
 
 _LAZY = {
     "Recipe": "quantkit.recipe",
     "Scheme": "quantkit.recipe",
+    "kv_cache": "quantkit.kv.attach",
     "load": "quantkit.loading",
     "load_recipe": "quantkit.recipe",
     "quantize": "quantkit.pipeline",

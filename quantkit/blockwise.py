@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.layer import LayerFormat, LayerInputs, from_tensors, input_tensors, stored_bytes, weight_tensors
 from quantkit.formats.quantized import QuantizedWeight
 from quantkit.kernels.online import restore
+from quantkit.kv.attach import quantise_kv
 from quantkit.layers.simulate import simulate_inputs
 from quantkit.models.block import Block
 from quantkit.models.checkpoint import Checkpoint
@@ -21,7 +22,7 @@ from quantkit.plan import Plan
 from quantkit.recipe import PER_CHANNEL
 from quantkit.steps import BoundStep
 from quantkit.transforms.apply import Transformed
-from quantkit.transforms.interface import Observed, Situation
+from quantkit.transforms.interface import Observed, Situation, Solution
 from quantkit.tuning import interface as tuning
 
 if TYPE_CHECKING:
@@ -68,34 +69,30 @@ class BlockQuantizer:
         self._warn = warn
         self._note = note
 
-    def quantise(self, block: Block, session: Session | None) -> QuantisedBlock:
+    def quantise(
+        self, block: Block, session: Session | None, solutions: Sequence[Solution] | None = None
+    ) -> QuantisedBlock:
         """Quantise ``block``, whose tensors are used up.
 
         Args:
             session: the calibration samples before this block; needed if a step of the plan looks at data.
+            solutions: what ``solve`` found for this block; None: solve here.
 
         Raises:
             QuantkitError: a tensor holds NaN or Inf and the recipe does not allow it.
         """
-        # Folds round norms to the dtype they are stored in, and let their consumers make up for it.
-        block.stored_dtypes = {name: self.kept_dtype(dtype) for name, dtype in block.stored_dtypes.items()}
-        broken = self._nonfinite(block)
-        names = [
-            info.name
-            for info in block.linears
-            if self._plan.layer(block.prefix + info.name).format is not None and info.name not in broken
-        ]
+        state, broken = self._begin(block)
+        names = state.quantised
         result = QuantisedBlock(nn.Identity(), kept=sorted(block.prefix + name for name in broken if name))
         tuned = self._plan.steps.tuning if session and names and not broken else None
         targets = self._targets(block, session, tuned) if session and tuned else None
-        state = Transformed(block, names, self._plan.scale_dtype, self._warn)
         if not broken:
-            self._transform(state, session)
+            self._transform(state, session, solutions)
         result.transforms = state.facts
         statistics = self._observe_for_rounding(state, session) if session and names else None
         reference = None
         if tuned and tuned.module.needs_reference(tuned.config):
-            reference = self._dense_module(state, {})
+            reference = self._dense_module(state, None)
         self._round_all(state, result, statistics)
         del statistics
         formats = {name.removeprefix(block.prefix): layer for name, layer in result.formats.items()}
@@ -112,6 +109,27 @@ class BlockQuantizer:
                 result.tensors[self._skeleton.checkpoint_name(f"{block.prefix}{name}.{suffix}")] = tensor
         result.module = self._dense_module(state, formats)
         return result
+
+    def solve(self, block: Block, session: Session) -> list[Solution]:
+        """What the transforms of the plan find for ``block``, whose tensors are used up; none if it is damaged.
+
+        Args:
+            session: the calibration samples before this block.
+        """
+        state, broken = self._begin(block)
+        return [] if broken else self._transform(state, session, None)
+
+    def _begin(self, block: Block) -> tuple[Transformed, set[str]]:
+        """The block before its transforms, and the owners of tensors of it that are not finite."""
+        # Folds round norms to the dtype they are stored in, and let their consumers make up for it.
+        block.stored_dtypes = {name: self.kept_dtype(dtype) for name, dtype in block.stored_dtypes.items()}
+        broken = self._nonfinite(block)
+        names = [
+            info.name
+            for info in block.linears
+            if self._plan.layer(block.prefix + info.name).format is not None and info.name not in broken
+        ]
+        return Transformed(block, names, self._plan.scale_dtype, self._warn), broken
 
     def float_module(self, index: int) -> nn.Module:
         """Block ``index`` as it came, float32."""
@@ -141,6 +159,8 @@ class BlockQuantizer:
                 dense[local] = tensors[self._skeleton.checkpoint_name(prefix + local)]
         module = self._skeleton.build_block(index, dense, torch.float32)
         simulate_inputs(module, formats, inputs, self._skeleton.expert_names)
+        if self._plan.kv is not None:
+            quantise_kv(module, self._plan.kv)
         return module
 
     def kept_dtype(self, stored: torch.dtype) -> torch.dtype:
@@ -149,17 +169,20 @@ class BlockQuantizer:
             return stored
         return self._plan.scale_dtype
 
-    def _dense_module(self, state: Transformed, formats: Mapping[str, LayerFormat]) -> nn.Module:
+    def _dense_module(self, state: Transformed, formats: Mapping[str, LayerFormat] | None) -> nn.Module:
         """A float32 block of the tensors as they are, which shares their memory.
 
         Args:
-            formats: linears whose input is rounded as well, if their format says so.
+            formats: linears whose input is rounded as well, if their format says so; keys and values are, too, if the
+                plan says so. None: nothing is rounded on its way.
         """
         module = self._skeleton.build_block(state.block.index, state.block.tensors, torch.float32)
-        changed = dict(formats)
+        changed = dict(formats or {})
         for name in state.inputs:
             changed.setdefault(name, LayerFormat(weights=self._format(state.block, name).weights))
         simulate_inputs(module, changed, state.inputs, self._skeleton.expert_names)
+        if formats is not None and self._plan.kv is not None:
+            quantise_kv(module, self._plan.kv)
         return module
 
     def _format(self, block: Block, name: str) -> LayerFormat:
@@ -180,12 +203,13 @@ class BlockQuantizer:
         session: Session,
         step: BoundStep,
         names: Collection[str],
-        formats: Mapping[str, LayerFormat],
+        formats: Mapping[str, LayerFormat] | None,
     ) -> tuple[nn.Module, BlockStatistics]:
         """The block as it is, and what enters its modules ``names``."""
         module = self._dense_module(state, formats)
         want: Any = step.statistics
-        reference = self._dense_module(state, {}) if "cross" in want and self._recipe.scheme.activations else None
+        rounds = formats is not None and (self._recipe.scheme.activations or self._recipe.scheme.kv)
+        reference = self._dense_module(state, None) if "cross" in want and rounds else None
         statistics = session.observe(module, names, want, reference=reference, stream=step.stream)
         for path, samples in sorted(statistics.nonfinite.items()):
             self._warn(
@@ -205,13 +229,21 @@ class BlockQuantizer:
 
     # --- changing ----------------------------------------------------------------------------------------------------
 
-    def _transform(self, state: Transformed, session: Session | None) -> None:
+    def _transform(
+        self, state: Transformed, session: Session | None, solutions: Sequence[Solution] | None
+    ) -> list[Solution]:
+        """Carry out the transforms, by what was found for them (None: find it here); returns what was carried out."""
         block = state.block
+        if solutions is not None:
+            for step, solution in zip(self._plan.steps.transforms, solutions, strict=True):
+                state.apply(step.method.name, solution)
+            return list(solutions)
+        found: list[Solution] = []
         readers = {name: None for site in block.sites for name in site.consumers} | dict.fromkeys(state.quantised)
         for step in self._plan.steps.transforms:
             observed = None
             if session and state.quantised and step.needs_data:
-                module, statistics = self._observe(state, session, step, readers, {})
+                module, statistics = self._observe(state, session, step, readers, None)
                 replays, lessons = session.replays(module, state.quantised), session.lessons(module, readers)
                 observed = Observed(statistics, replays, lessons)
             situation = Situation(
@@ -225,8 +257,9 @@ class BlockQuantizer:
                 observed=observed,
                 note=self._note,
             )
-            if state.quantised:
-                state.apply(step.method.name, step.module.solve(situation, step.config))
+            found.append(step.module.solve(situation, step.config) if state.quantised else Solution())
+            state.apply(step.method.name, found[-1])
+        return found
 
     def _round_all(self, state: Transformed, result: QuantisedBlock, statistics: BlockStatistics | None) -> None:
         """Replace the weight of every quantised linear of the block by what its codes say."""

@@ -26,21 +26,26 @@ from torch import nn
 
 import quantkit
 from quantkit.blockwise import BlockQuantizer, QuantisedBlock
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, RecipeError
 from quantkit.formats.config import native_config, portable_config
 from quantkit.formats.layer import LayerFormat
 from quantkit.formats.writer import RECIPE_FILE, CheckpointWriter, ResumableError, check_output, source_fingerprint
 from quantkit.models.checkpoint import Checkpoint
+from quantkit.models.rotated import RotatedCheckpoint, rotate
 from quantkit.models.skeleton import Skeleton
 from quantkit.models.source import load_config, resolve
 from quantkit.models.stream import BlockStream
 from quantkit.plan import Plan, make_plan
 from quantkit.presets import expand
 from quantkit.recipe import Recipe
+from quantkit.steps import bind_steps
+from quantkit.transforms.residual import fusion, obstacle
 from quantkit.verify import probe_ids, verify
 
 if TYPE_CHECKING:
+    from quantkit.ahead import Ahead
     from quantkit.calibrate.session import Session
+    from quantkit.transforms.interface import Solution
 
 logger = logging.getLogger("quantkit")
 
@@ -66,12 +71,31 @@ class Result:
 
 
 def prepare(model: str, recipe: Recipe, *, trust_remote_code: bool = False) -> tuple[Plan, Skeleton, Checkpoint]:
-    """Everything before the first weight is read: resolve the model, check its files and shapes, make the plan."""
+    """Everything before the first block is read: resolve the model, check its files and shapes, make the plan.
+
+    Skeleton and checkpoint are of the model that the blocks are taken from: rotated, if a step of the recipe wants the
+    residual stream rotated.
+    """
     source = resolve(model, trust_remote_code=trust_remote_code)
     config = load_config(source, trust_remote_code=trust_remote_code)
     checkpoint = Checkpoint.open(source)
     skeleton = Skeleton(config, checkpoint, trust_remote_code=trust_remote_code)
     skeleton.check(checkpoint)
+    steps = bind_steps(recipe)
+    if steps.learn_steps and (steps.fuses != "always" or recipe.scheme.activations is None):
+        raise RecipeError(
+            f"learn_steps: {steps.learn_steps} with scheme {recipe.scheme.name}: a rotation is learned for what "
+            "rounding of activations loses; give residual: always and a scheme such as W4A4, or leave learn_steps out."
+        )
+    if steps.fuses != "never":
+        reason, must = obstacle(skeleton, checkpoint), steps.fuses == "always"
+        if reason and must:
+            raise RecipeError(
+                f"step '{steps.transforms[0].method.name}' with residual: always: the residual stream cannot be "
+                f"rotated: {reason}; leave residual out to rotate inputs at run time."
+            )
+        if not reason and (must or not fusion(skeleton).untied):
+            skeleton, checkpoint = rotate(config, skeleton, checkpoint, recipe.seed)
     return make_plan(recipe, source, skeleton, checkpoint), skeleton, checkpoint
 
 
@@ -84,6 +108,7 @@ def quantize(
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    block_parallel: int | None = None,
     trust_remote_code: bool = False,
     on_progress: OnProgress | None = None,
     **flags: Any,
@@ -97,6 +122,9 @@ def quantize(
         scheme: ``W4A16G64`` and the like.
         recipe: a ``Recipe``, a mapping, or the path of a YAML/JSON file; what else is given overrides it.
         resume: go on after the blocks that an earlier, stopped run of the same recipe finished.
+        block_parallel: solve the transforms of so many blocks at once, each in a process with one thread; only for
+            transforms that look at the float model alone. None: one after the other, here. The result does not depend
+            on the number.
         flags: any other field of ``Recipe``: ``ignore``, ``format``, ``dtype``, ``seed``, ``allow_nonfinite``.
 
     Raises:
@@ -108,6 +136,8 @@ def quantize(
     output = Path(output)
     check_output(output, resolve(model, trust_remote_code=trust_remote_code), overwrite=overwrite)
     plan, skeleton, checkpoint = prepare(model, expanded, trust_remote_code=trust_remote_code)
+    if block_parallel is not None:
+        _check_block_parallel(block_parallel, plan)
     torch.manual_seed(expanded.seed)
     fingerprint = {"recipe": expanded.model_dump(mode="json"), "source": source_fingerprint(plan.source)}
     shards = skeleton.num_blocks + (2 if skeleton.extra_tensors() else 1)
@@ -115,6 +145,7 @@ def quantize(
     writer = CheckpointWriter(output, plan.source, fingerprint, shards, about, overwrite=overwrite, resume=resume)
     try:
         run = _Run(plan, skeleton, checkpoint, writer, on_progress or (lambda stage, done, total: None))
+        run.block_parallel = block_parallel
         result = run.all(started)
     except (ResumableError, KeyboardInterrupt) as stop:
         if not writer.done:
@@ -140,6 +171,7 @@ class _Run:
         self.checkpoint = checkpoint
         self.writer = writer
         self.on_progress = on_progress
+        self.block_parallel: int | None = None
         self.formats: dict[str, LayerFormat] = {}
         self.warnings: list[str] = []
         self.noted: set[str] = set()
@@ -147,19 +179,20 @@ class _Run:
 
     def all(self, started: float) -> Result:
         skeleton, writer = self.skeleton, self.writer
+        self._learn_rotation()
         stream = BlockStream(skeleton, self.checkpoint, torch.float32)
-        with torch.inference_mode(), self._calibration() as session:
+        with torch.inference_mode(), self._calibration() as session, self._ahead(session) as ahead:
             captured = stream.capture(probe_ids(skeleton.config.vocab_size))
             hidden = captured.hidden
             for index in range(skeleton.num_blocks):
-                began = time.perf_counter()
+                began = _Clock()
                 float_states = None
                 if session and session.carries_float:
                     float_states = session.outputs(self.quantizer.float_module(index), "float")
                 event = writer.done.get(f"block {index}")
                 if event is None:
                     block = skeleton.read_block(index, self.checkpoint)
-                    done = self.quantizer.quantise(block, session)
+                    done = self.quantizer.quantise(block, session, self._solved(ahead, index))
                     del block
                     self.formats |= done.formats
                     after = stream.run_block(done.module, hidden, index, captured)
@@ -188,10 +221,28 @@ class _Run:
         )
         for index in range(skeleton.num_blocks):
             self._probe_file(index).unlink()
+        (writer.folder / "rotation.tmp").unlink(missing_ok=True)
         result = self._result(started)
         writer.record({"event": "end", "probe_difference": worst, **_summary(result)})
         writer.publish()
         return result
+
+    def _learn_rotation(self) -> None:
+        """Learn the rotation of the residual stream, or take up what a stopped run has learned."""
+        if not self.plan.steps.learn_steps or not isinstance(self.checkpoint, RotatedCheckpoint):
+            return
+        file = self.writer.folder / "rotation.tmp"
+        if not file.exists():
+            from quantkit.calibrate.rotation import learn_residual
+
+            learned = learn_residual(self.plan, self.skeleton, self.checkpoint)
+            unfinished = file.with_name("rotation-unfinished.tmp")
+            save_file({"matrix": learned.matrix}, unfinished)
+            unfinished.replace(file)
+            facts = {"loss_before": learned.before, "loss": learned.after}
+            text = f"learned, error of rounded inputs {learned.before:.3g} -> {learned.after:.3g}"
+            self.writer.record({"event": "rotation", "residual": text, **facts})
+        self.checkpoint.turn_further(load_file(file)["matrix"])
 
     def _calibration(self) -> AbstractContextManager[Session | None]:
         """The calibration of the run, if a method of it wants statistics."""
@@ -201,14 +252,33 @@ class _Run:
 
         return Session(self.plan, self.skeleton, self.checkpoint, self._warn)
 
-    def _commit(self, index: int, done: QuantisedBlock, began: float) -> None:
+    def _ahead(self, session: Session | None) -> AbstractContextManager[Ahead | None]:
+        """The workers that solve blocks ahead, if the run has them."""
+        if self.block_parallel is None or session is None:
+            return nullcontext()
+        from quantkit.ahead import Ahead
+
+        done = {index for index in range(self.skeleton.num_blocks) if f"block {index}" in self.writer.done}
+        return Ahead(self.plan, self.skeleton, self.checkpoint, session, self.block_parallel, done)
+
+    def _solved(self, ahead: Ahead | None, index: int) -> list[Solution] | None:
+        if ahead is None:
+            return None
+        solved = ahead.solved(index)
+        for text in solved.warnings:
+            self._warn(text)
+        for text in solved.notes:
+            self._note(text)
+        return solved.solutions
+
+    def _commit(self, index: int, done: QuantisedBlock, began: _Clock) -> None:
         event = {
             "block": index,
             "layers": done.rows,
             "kept": done.kept,
             "transforms": done.transforms,
             "tuning": done.tuning,
-            "seconds": round(time.perf_counter() - began, 3),
+            **began.elapsed(),
             "peak_rss_bytes": peak_rss(),
         }
         self.writer.write_shard(f"block {index}", index + 2, done.tensors, event)
@@ -229,14 +299,18 @@ class _Run:
             self.writer.write_shard(key, number, tensors, {})
 
     def _config(self) -> dict[str, Any]:
-        """The source's config.json with our block, and the dtype if the recipe changes it."""
+        """The source's config.json with our block, and what else is not as it was: the dtype, tied embeddings."""
         config: dict[str, Any] = json.loads((self.plan.source / "config.json").read_text(encoding="utf-8"))
         kept = self._linears_left_alone()
-        build = portable_config if self.plan.format == "compressed-tensors" else native_config
-        config["quantization_config"] = build(self.formats, ignore=kept)
+        if self.plan.format == "compressed-tensors":
+            config["quantization_config"] = portable_config(self.formats, ignore=kept)
+        else:
+            config["quantization_config"] = native_config(self.formats, ignore=kept, kv=self.plan.kv)
         if self.recipe.dtype != "auto":
             config.pop("torch_dtype", None)
             config["dtype"] = self.recipe.dtype
+        if isinstance(self.checkpoint, RotatedCheckpoint) and self.checkpoint.untied:
+            config["tie_word_embeddings"] = False
         return config
 
     def _linears_left_alone(self) -> list[str]:
@@ -272,7 +346,7 @@ class _Run:
             format=self.plan.format,
             loads_in=self.plan.loads_in,
             layers=len(rows),
-            source_bytes=self.checkpoint.nbytes,
+            source_bytes=self.checkpoint.source_bytes,
             output_bytes=sum(event["bytes"] for event in self.writer.done.values()),
             bits_per_weight=8 * sum(row["bytes"] for row in rows) / max(weights, 1),
             seconds=time.perf_counter() - started,
@@ -290,8 +364,34 @@ class _Run:
             logger.info(text)
 
     def _warn(self, text: str) -> None:
-        self.warnings.append(text)
-        logger.warning(text)
+        if text not in self.warnings:  # what a worker said of a block is found again when it is carried out
+            self.warnings.append(text)
+            logger.warning(text)
+
+
+class _Clock:
+    """Stands at zero when it is made."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def elapsed(self) -> dict[str, float]:
+        """Seconds since then, and those that this process computed, all threads together: they depend less on what
+        else the machine does."""
+        wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
+        return {"seconds": round(wall, 3), "cpu_seconds": round(cpu, 3)}
+
+
+def _check_block_parallel(workers: int, plan: Plan) -> None:
+    """
+    Raises:
+        RecipeError: no worker, or blocks that cannot be solved apart.
+    """
+    if workers < 1:
+        raise RecipeError(f"--block-parallel {workers}: give the number of worker processes, at least 1.")
+    from quantkit.ahead import check_independent
+
+    check_independent(plan.steps)
 
 
 def _versions() -> dict[str, str]:

@@ -15,10 +15,12 @@ import torch
 
 from quantkit.errors import RecipeError
 from quantkit.formats.config import portable_reason
+from quantkit.formats.kv import KVFormat
 from quantkit.formats.layer import InputOp, LayerFormat, stored_bytes
-from quantkit.kernels.online import kronecker_split
+from quantkit.kv.attach import why_not
 from quantkit.recipe import PER_CHANNEL, Calibration, Recipe, WeightScheme
 from quantkit.steps import BoundStep, Steps, bind_steps
+from quantkit.transforms.interface import kronecker_left
 
 if TYPE_CHECKING:
     from quantkit.calibrate.streams import StreamName
@@ -58,6 +60,10 @@ class Plan:
     notes: tuple[str, ...]
     calibration: Calibration | None
     """Fitted to the model; None: neither a method of the run nor a static activation scale looks at data."""
+    kv: KVFormat | None = None
+    """How the model keeps keys and values; None: in full precision."""
+    residual: str = ""
+    """How the residual stream of the whole model is changed before the first step; empty: it is not."""
 
     @property
     def loads_in(self) -> str:
@@ -85,10 +91,12 @@ class Plan:
             "format": self.format,
             "format_reason": self.format_reason,
             "loads_in": self.loads_in,
+            "residual": self.residual,
             "source_bytes": self.source_bytes,
             "output_bytes": self.output_bytes,
             "peak_bytes": self.peak_bytes,
             "calibration": None if self.calibration is None else self.calibration.model_dump(mode="json"),
+            "kv_cache": None if self.kv is None else self.kv.model_dump(mode="json"),
             "notes": list(self.notes),
             "layers": [
                 {
@@ -109,29 +117,29 @@ def make_plan(recipe: Recipe, source: Path, skeleton: Skeleton, checkpoint: Chec
     Raises:
         RecipeError: the recipe cannot be carried out on this model (every problem of a kind in one line).
     """
-    steps = bind_steps(recipe)
+    steps = bind_steps(recipe).settled(fused=bool(checkpoint.basis))
     scheme = recipe.scheme
-    if scheme.kv is not None:
-        raise RecipeError(
-            f"scheme {scheme.name}: quantising the KV cache is not available in this version; "
-            f"leave KV{scheme.kv.bits} out."
-        )
     if scheme.weights is None:
         raise RecipeError(
             f"scheme {scheme.name} leaves the weights as they are; give their bits, for example W4A16G64."
         )
+    kv = _plan_kv(recipe, skeleton)
     scale_dtype = model_dtype(recipe, skeleton, checkpoint)
     layers = _plan_layers(recipe, skeleton, steps.transforms, scale_dtype)
     kept = [layer for layer in layers if layer.format is None]
     if len(kept) == len(layers):
         raise RecipeError(f"nothing is left to quantise: all {len(layers)} linears match ignore {list(recipe.ignore)}.")
     notes = [skeleton.limits] if skeleton.limits else []
+    notes += [f"the residual stream is {checkpoint.basis}"] if checkpoint.basis else []
     calibration = None
     static = scheme.activations is not None and not scheme.activations.dynamic
     if steps.need_data or static:
         calibration, changed = recipe.calibration.fitted(skeleton.config)
         notes += [changed] if changed else []
     obstacle = portable_reason({layer.name: layer.format for layer in layers if layer.format}, _shapes(layers))
+    if kv is not None:
+        notes.append(f"keys and values are kept as {kv.describe()}")
+        obstacle = f"it has no field for keys and values of {kv.bits} bits in the cache."
     if recipe.format == "compressed-tensors" and obstacle:
         raise RecipeError(f"--format compressed-tensors cannot hold this result: {obstacle} Use --format auto.")
     native = recipe.format == "quantkit" or obstacle is not None
@@ -150,11 +158,13 @@ def make_plan(recipe: Recipe, source: Path, skeleton: Skeleton, checkpoint: Chec
         format="quantkit" if native else "compressed-tensors",
         format_reason=reason,
         scale_dtype=scale_dtype,
-        source_bytes=checkpoint.nbytes,
+        source_bytes=checkpoint.source_bytes,
         output_bytes=quantised + rest,
         peak_bytes=_peak_bytes(layers, skeleton, checkpoint) + _calibration_bytes(layers, steps, calibration, skeleton),
         notes=tuple(notes),
         calibration=calibration,
+        kv=kv,
+        residual=checkpoint.basis,
     )
 
 
@@ -180,11 +190,22 @@ def model_dtype(recipe: Recipe, skeleton: Skeleton, checkpoint: Checkpoint) -> t
     return skeleton.tensor_info(f"{skeleton.block_prefix(0)}{first}.weight", checkpoint).dtype
 
 
+def _plan_kv(recipe: Recipe, skeleton: Skeleton) -> KVFormat | None:
+    scheme = recipe.scheme
+    if scheme.kv is None:
+        return None
+    reason = why_not(skeleton.model)
+    if reason:
+        raise RecipeError(f"scheme {scheme.name}: {reason}; leave KV{scheme.kv.bits} out.")
+    return KVFormat.of(scheme.kv, recipe.seed)
+
+
 def _plan_layers(
     recipe: Recipe, skeleton: Skeleton, transforms: tuple[BoundStep, ...], scale_dtype: torch.dtype
 ) -> tuple[LayerPlan, ...]:
     weights = recipe.scheme.weights
     assert weights is not None
+    activations = recipe.scheme.activations
     layers = []
     for index in range(skeleton.num_blocks):
         prefix = skeleton.block_prefix(index)
@@ -202,13 +223,15 @@ def _plan_layers(
                 layers.append(LayerPlan(name, info.out_features, info.in_features, None, "ignored", size))
                 continue
             op = next((op for op in _MATRICES if op in online[info.name]), "none")
+            left = kronecker_left(skeleton.sites(index), info.name, info.in_features) if op == "kronecker" else None
             layer = LayerFormat(
                 weights=resolve(weights, info.in_features),
-                activations=recipe.scheme.activations,
+                activations=activations,
                 input_scale="scale" in online[info.name],
                 input_shift="shift" in online[info.name],
-                input_op=op,
-                input_left=kronecker_split(info.in_features)[0] if op == "kronecker" else None,
+                input_op="none" if left == 1 else op,
+                input_left=None if left == 1 else left,
+                input_clip="clip" in online[info.name] and activations is not None and activations.dynamic,
             )
             size = stored_bytes(layer, info.out_features, info.in_features, scale_dtype)
             layers.append(LayerPlan(name, info.out_features, info.in_features, layer, "", size))
@@ -277,4 +300,6 @@ def _calibration_bytes(
     if any("hessian" in step.statistics for step in steps):
         columns = max(layer.in_features for layer in layers)
         hessian = columns * columns * (4 + 4 + 8)  # accumulated, in processing order, factorised
+    if steps.learn_steps:  # samples twice, and float64 matrices on the way to the next rotation
+        hessian = max(hessian, 2**28 + 8 * 8 * skeleton.config.hidden_size**2)
     return states + batch + hessian

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ValidationError
 
@@ -50,6 +50,29 @@ class Steps:
     rounding: BoundStep
     tuning: BoundStep | None
 
+    @property
+    def fuses(self) -> Literal["auto", "always", "never"]:
+        """Is the residual stream of the whole model rotated before the first step? auto: if the model allows it."""
+        wish: Literal["auto", "always", "never"] = "never"
+        if self.transforms:
+            wish = getattr(self.transforms[0].config, "fuses", "never")
+        return wish
+
+    @property
+    def learn_steps(self) -> int:
+        """In how many steps the rotation of the residual stream is learned."""
+        return max((getattr(step.config, "learn_steps", 0) for step in self.transforms), default=0)
+
+    def settled(self, fused: bool) -> Steps:
+        """These steps, told whether the residual stream is rotated."""
+        told = [
+            replace(step, config=step.config.settled(fused and number == 0))
+            if hasattr(step.config, "settled")
+            else step
+            for number, step in enumerate(self.transforms)
+        ]
+        return replace(self, transforms=tuple(told))
+
     def __iter__(self) -> Iterator[BoundStep]:
         yield from (*self.transforms, self.rounding)
         if self.tuning:
@@ -88,6 +111,11 @@ def bind_steps(recipe: Recipe) -> Steps:
             raise RecipeError(
                 f"step '{step.method.name}' comes after the rounding '{name}': a transform prepares weights for "
                 "rounding, so put it first."
+            )
+        if number and getattr(step.config, "fuses", "never") == "always":
+            raise RecipeError(
+                f"step '{step.method.name}' with residual: always comes after '{bound[0].method.name}': the residual "
+                "stream is rotated before any other step sees the model, so put it first, or leave residual out."
             )
         if step.method.kind == "tuning" and number < place:
             raise RecipeError(

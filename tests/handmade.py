@@ -50,6 +50,7 @@ def layer_inputs(
         matrix=square.to(dtype) if op == "dense" else None,
         static_scale=torch.tensor([8 / (2**static.bits - 1)], dtype=dtype) if static else None,
         static_zero_point=torch.tensor([-2], dtype=torch.int8) if static and not static.symmetric else None,
+        clip=torch.rand(2, generator=generator).mul(0.4).add(0.5).to(dtype) if layer.input_clip else None,
     )
 
 

@@ -195,7 +195,7 @@ def test_source_that_is_quantised_already(source, tmp_path):
     [
         (["--method", "sinqq"], "Did you mean 'sinq'"),
         (["--scheme", "W4G"], "W4A16G64"),
-        (["--scheme", "W4A4KV4"], "KV"),
+        (["--scheme", "W4A4KV4", "--format", "compressed-tensors"], "no field for keys and values of 4 bits"),
         (["--method", "rtn+sinq"], "first"),
         (["--method", "rtn+rtn"], "exactly one rounding"),
         (["--ignore", "*"], "nothing is left"),

@@ -14,7 +14,7 @@ from quantkit.formats.writer import read_record
 CALIBRATION = {"nsamples": 8, "seqlen": 16, "batch_size": 3}
 METHODS = {
     "smoothquant+gptq+norm-tweaking": "W4A8", "os-plus": "W6A6", "awq": "W3A16G32", "asinq": "W3A16G32",
-    "rtn+norm-tweaking": "W8A8TS", "omniquant": "W4A8",
+    "rtn+norm-tweaking": "W8A8TS", "omniquant": "W4A8", "affinequant": "W4A4",
 }  # fmt: skip
 
 

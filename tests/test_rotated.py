@@ -1,4 +1,7 @@
-"""Rotated inputs from source folder to reloaded checkpoint: what runs is what was calibrated, planned and recorded."""
+"""Rotated inputs from source folder to reloaded checkpoint: what runs is what was calibrated, planned and recorded.
+
+The residual stream stays as it is here; see ``test_residual.py``.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,7 @@ FOLDED = (
     "self_attn.o_proj", "self_attn.out_proj", "attention.dense", "attention.output.dense",
 )  # fmt: skip
 """Linears that read values, which are rotated within their heads before."""
+ONLINE = [{"method": "hadamard", "options": {"residual": "never"}}, "rtn"]
 CALIBRATION = {"nsamples": 8, "seqlen": 16, "batch_size": 3}
 
 
@@ -84,10 +88,10 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def test_reloads_as_a_dense_copy_computes(tiny, tmp_path, name):
     """With float inputs a rotation and its inverse are a float weight; with 4 bits the inputs are rotated to be
     rounded."""
-    quantkit.quantize(str(tiny(name)), output=tmp_path / "a16", method="hadamard", scheme="W4A16G32")
+    quantkit.quantize(str(tiny(name)), output=tmp_path / "a16", recipe={"scheme": "W4A16G32", "steps": ONLINE})
     expected = fresh_logits.logits_of("in-process", dense_copy(tmp_path / "a16", tmp_path / "dense"))
     assert relative(fresh_logits.logits_of("quantkit", tmp_path / "a16"), expected) < 1e-5
-    quantkit.quantize(str(tiny(name)), output=tmp_path / "a4", method="hadamard", scheme="W4A4")
+    quantkit.quantize(str(tiny(name)), output=tmp_path / "a4", recipe={"scheme": "W4A4", "steps": ONLINE})
     found = fresh_logits.logits_of("quantkit", tmp_path / "a4")
     torch.testing.assert_close(fresh_logits.logits_of("native", tmp_path / "a4"), found, rtol=0, atol=0)
     torch.testing.assert_close(simulated_logits(tmp_path / "a4", tmp_path / "simulated"), found, rtol=1e-4, atol=1e-4)
@@ -99,8 +103,9 @@ def test_reloads_as_a_dense_copy_computes(tiny, tmp_path, name):
 
 def test_sizes_are_those_of_the_plan(tiny, tmp_path):
     for scheme in ("W4A4", "W3A16G32"):
-        result = quantkit.quantize(str(tiny("llama")), output=tmp_path / scheme, method="hadamard", scheme=scheme)
-        plan, _, _ = prepare(str(tiny("llama")), expand(method="hadamard", scheme=scheme))
+        recipe = {"scheme": scheme, "steps": ONLINE}
+        result = quantkit.quantize(str(tiny("llama")), output=tmp_path / scheme, recipe=recipe)
+        plan, _, _ = prepare(str(tiny("llama")), expand(recipe))
         assert plan.format == result.format == "quantkit"
         assert "matrix (hadamard), which only quantkit's format holds" in plan.format_reason
         assert plan.output_bytes == result.output_bytes
@@ -114,7 +119,7 @@ def test_sizes_are_those_of_the_plan(tiny, tmp_path):
 
 
 def test_what_a_rotation_costs_is_shown(tiny, tmp_path):
-    quantkit.quantize(str(tiny("llama")), output=tmp_path / "out", method="hadamard", scheme="W4A4")
+    quantkit.quantize(str(tiny("llama")), output=tmp_path / "out", recipe={"scheme": "W4A4", "steps": ONLINE})
     report = inspect_checkpoint(tmp_path / "out")
     costs = {layer.name.rpartition(".")[2]: layer.online_operations for layer in report.layers}
     assert costs["q_proj"] == 64 * 6 + 2 * 64
@@ -207,10 +212,9 @@ def test_rotations_within_heads_alone_are_portable_and_may_come_first(tiny, tmp_
 
 
 def test_a_portable_checkpoint_is_refused(tiny, tmp_path):
+    recipe = {"scheme": "W4A4", "steps": ONLINE, "format": "compressed-tensors"}
     with pytest.raises(RecipeError, match=r"cannot hold this result: .*q_proj multiplies its input by a matrix"):
-        quantkit.quantize(
-            str(tiny("llama")), output=tmp_path / "out", method="hadamard", scheme="W4A4", format="compressed-tensors"
-        )
+        quantkit.quantize(str(tiny("llama")), output=tmp_path / "out", recipe=recipe)
 
 
 def test_a_size_without_a_hadamard_matrix(tmp_path):

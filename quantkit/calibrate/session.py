@@ -35,26 +35,44 @@ class Session:
         QuantkitError: the model has no tokenizer, or the text cannot be used (``token_windows``).
     """
 
-    def __init__(self, plan: Plan, skeleton: Skeleton, checkpoint: Checkpoint, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        skeleton: Skeleton,
+        checkpoint: Checkpoint,
+        warn: Callable[[str], None],
+        *,
+        names: Sequence[StreamName] | None = None,
+        windows: Tensor | None = None,
+    ) -> None:
+        """
+        Args:
+            names: the streams to carry; None: those that the plan needs.
+            windows: [samples, tokens] of another session of the same plan; None: read from the calibration text.
+        """
         assert plan.calibration is not None
         self._settings = plan.calibration
         self._experts = skeleton.expert_names
-        windows = token_windows(
-            self._settings,
-            _tokenizer(plan, skeleton),
-            vocab_size=skeleton.config.vocab_size,
-            load_model=lambda: _float_model(plan, skeleton),
-        )
+        if windows is None:
+            windows = token_windows(
+                self._settings,
+                _tokenizer(plan, skeleton),
+                vocab_size=skeleton.config.vocab_size,
+                load_model=lambda: _float_model(plan, skeleton),
+            )
+        self.windows = windows
+        """Token ids of the samples, [samples, tokens]."""
+        names = plan.streams if names is None else names
         stream = BlockStream(skeleton, checkpoint, torch.float32)
         self.streams = Streams(
             stream,
             windows,
-            names=plan.streams,
+            names=names,
             batch_size=self._settings.batch_size,
-            max_bytes=_share(self._settings.max_memory_bytes, len(plan.streams)),
+            max_bytes=_share(self._settings.max_memory_bytes, len(names)),
             warn=warn,
         )
-        self.carries_float = "float" in plan.streams
+        self.carries_float = "float" in names
 
     def observe(
         self,

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.config import read_config
+from quantkit.formats.config import read_config, read_kv
+from quantkit.formats.kv import KVFormat
 from quantkit.formats.layer import LayerFormat
 from quantkit.formats.writer import RUN_RECORD, read_record
 from quantkit.kernels.online import operations
@@ -46,6 +47,8 @@ class CheckpointReport:
     layers: tuple[LayerReport, ...]
     total_bytes: int
     record: tuple[dict[str, Any], ...]
+    kv: KVFormat | None
+    """How the model keeps keys and values; None: in full precision."""
 
     @property
     def online_share(self) -> float:
@@ -99,7 +102,7 @@ def inspect_checkpoint(folder: Path) -> CheckpointReport:
         )
     layers.sort(key=lambda layer: _natural(layer.name))
     total = sum(checkpoint.nbytes_of(name) for name in checkpoint.names)
-    return CheckpointReport(str(block["quant_method"]), tuple(layers), total, tuple(record))
+    return CheckpointReport(str(block["quant_method"]), tuple(layers), total, tuple(record), read_kv(block))
 
 
 def _natural(name: str) -> list[tuple[float, str]]:

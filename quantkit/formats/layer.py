@@ -19,6 +19,7 @@ Either comes with what is done to the input at run time, in this order:
     input_dense          model dtype  [I, I]                           ``dense``
     input_scale          model dtype  [1]                              only with static activations: the rounding's step
     input_zero_point     int8         [1]                              only when those are not symmetric; signed
+    input_clip           model dtype  [2]                              only with ``input_clip``, dynamic activations
 
 A zero point is stored as the unsigned number it is. compressed-tensors stores signed zero points shifted by
 2**(b-1), which puts the same bits into the words.
@@ -57,6 +58,9 @@ class LayerFormat(BaseModel):
     input_left: int | None = Field(
         default=None, ge=1, description="kronecker: rows of the left factor; those of the right: in_features / this"
     )
+    input_clip: bool = Field(
+        default=False, description="dynamic activations: stored shares [2] of either end of every range are kept"
+    )
     storage: Literal["packed", "int8"] = Field(
         default="packed", description="left out: int8 for symmetric 8-bit weights with 8-bit activations, else packed"
     )
@@ -73,6 +77,12 @@ class LayerFormat(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _clip_belongs_to_dynamic_activations(self) -> LayerFormat:
+        if self.input_clip and (self.activations is None or not self.activations.dynamic):
+            raise ValueError("input_clip needs dynamic activations: only these have a range of their own to be clipped")
+        return self
+
+    @model_validator(mode="after")
     def _storage_follows_from_the_scheme(self) -> LayerFormat:
         whole_bytes = self.weights.bits == 8 and self.weights.symmetric
         if "storage" not in self.model_fields_set:
@@ -83,10 +93,11 @@ class LayerFormat(BaseModel):
         return self
 
     def describe(self) -> str:
-        """``W4SA16G64``; `` x t``, `` + s`` and `` hadamard`` behind it where that is first done to the input."""
+        """``W4SA16G64``; `` x t``, `` + s``, `` hadamard`` and `` clip`` behind it where that is done to the input."""
         name = Scheme(weights=self.weights, activations=self.activations).name
         name += " x t" * self.input_scale + " + s" * self.input_shift
-        return name if self.input_op == "none" else f"{name} {self.input_op}"
+        name += "" if self.input_op == "none" else f" {self.input_op}"
+        return name + " clip" * self.input_clip
 
     def with_inputs(self, inputs: LayerInputs) -> LayerFormat:
         """This format, doing to the input what ``inputs`` holds besides a static range."""
@@ -97,6 +108,7 @@ class LayerFormat(BaseModel):
                 "input_shift": inputs.shift is not None,
                 "input_op": inputs.op,
                 "input_left": left,
+                "input_clip": inputs.clip is not None,
             }
         )
 
@@ -111,7 +123,7 @@ class LayerInputs:
     """What is done to the input of a linear at run time before it meets the weight, and is stored with it:
 
     round(op(x * scale + shift))    op: one of ``signs``, ``left`` and ``right``, ``matrix``
-                                    round: to the grid of the layer's ``ActivationScheme``
+                                    round: to the grid of the layer's ``ActivationScheme``, of a range times ``clip``
     """
 
     scale: Tensor | None = None
@@ -131,6 +143,9 @@ class LayerInputs:
     """[1] in the model dtype: step of the grid; None: from the data at hand (or not calibrated yet)."""
     static_zero_point: Tensor | None = None
     """[1] int8, the code of 0, signed; None: symmetric, or no ``static_scale``."""
+    clip: Tensor | None = None
+    """[2] in the model dtype, above 0 and at most 1: shares of the lower and of the upper end of each token's (group's,
+    tensor's) own range that its grid covers; what lies beyond is cut off. Dynamic activations only; None: all of it."""
 
     @property
     def op(self) -> InputOp:
@@ -144,7 +159,7 @@ class LayerInputs:
 _STORED_AS = {
     "scale": "input_scale_vector", "shift": "input_shift_vector", "signs": "input_hadamard_signs",
     "left": "input_kronecker_left", "right": "input_kronecker_right", "matrix": "input_dense",
-    "static_scale": "input_scale", "static_zero_point": "input_zero_point",
+    "static_scale": "input_scale", "static_zero_point": "input_zero_point", "clip": "input_clip",
 }  # fmt: skip
 """Field of ``LayerInputs`` -> suffix of its tensor in a checkpoint."""
 
@@ -192,6 +207,8 @@ def _input_specs(
         specs["input_scale"] = (1,), dtype
         if not layer.activations.symmetric:
             specs["input_zero_point"] = (1,), torch.int8
+    if layer.input_clip:
+        specs["input_clip"] = (2,), dtype
     return specs
 
 
@@ -241,7 +258,11 @@ def input_tensors(inputs: LayerInputs, layer: LayerFormat, in_features: int, dty
     specs = _input_specs(layer, in_features, dtype)
     for suffix in given.keys() ^ specs.keys():
         raise ValueError(f"{suffix} is {'missing' if suffix in specs else 'not part of the format'}")
-    return {suffix: given[suffix].to(stored).reshape(shape).contiguous() for suffix, (shape, stored) in specs.items()}
+    # Copies: linears that read one input may have their numbers in common, and a file takes no memory twice.
+    return {
+        suffix: given[suffix].to(stored, copy=True).reshape(shape).contiguous()
+        for suffix, (shape, stored) in specs.items()
+    }
 
 
 def from_tensors(tensors: Mapping[str, Tensor], layer: LayerFormat) -> tuple[QuantizedWeight, LayerInputs]:

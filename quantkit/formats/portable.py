@@ -52,6 +52,8 @@ def _obstacle(layer: LayerFormat, in_features: int) -> str | None:
         return "adds a stored vector to its input, which has no compressed-tensors form"
     if layer.input_op != "none":
         return f"multiplies its input by a matrix ({layer.input_op}), which only quantkit's format holds"
+    if layer.input_clip:
+        return "cuts off a stored share of its input's range, which only quantkit's format holds"
     if weights.bits not in _PORTABLE_BITS:
         return f"has {weights.bits}-bit codes, and versions of compressed-tensors differ on all but 2, 4 and 8 bits"
     if not weights.symmetric:

@@ -16,11 +16,13 @@ def block_events(record: Iterable[Event]) -> list[Event]:
 
 def summarise(record: Iterable[Event]) -> list[str]:
     """One line for each method that had something to say, and one about time and memory."""
+    record = list(record)
     blocks = block_events(record)
     if not blocks:
         return []
     facts = [fact for event in blocks for fact in event.get("transforms", ())]
-    lines = [_of_transform(name, [f for f in facts if f["method"] == name]) for name in _names(facts)]
+    lines = [f"residual stream: {event['residual']}" for event in record if event.get("residual")]
+    lines += [_of_transform(name, [f for f in facts if f["method"] == name]) for name in _names(facts)]
     lines += _of_rounding([row for event in blocks for row in event["layers"]])
     lines += _of_tuning([event["tuning"] for event in blocks if event.get("tuning")])
     slowest = max(blocks, key=lambda event: event["seconds"])

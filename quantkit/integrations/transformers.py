@@ -3,8 +3,9 @@
 
 ``QuantkitConfig`` keeps the ``quantization_config`` block as it is in config.json and gives it back unchanged when the
 model is saved. ``QuantkitHfQuantizer`` replaces the linears (and, where needed, the merged experts) of the empty model
-by layers that hold packed tensors under their checkpoint names; transformers then fills them by name. Importing this
-module registers both; ``hook.py`` does so when it is needed.
+by layers that hold packed tensors under their checkpoint names; transformers then fills them by name. Where the block
+says so, attention keeps its keys and values quantised (``kv/attach.py``). Importing this module registers both;
+``hook.py`` does so when it is needed.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.config import NATIVE_METHOD, read_config
+from quantkit.formats.config import NATIVE_METHOD, read_config, read_kv
 from quantkit.formats.layer import LayerFormat
 from quantkit.formats.matching import LayerFormats
+from quantkit.kv.attach import quantise_kv
 from quantkit.layers.quant_experts import ExpertNames, QuantExperts
 from quantkit.layers.quant_linear import QuantLinear
+from quantkit.layers.sharing import share_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,6 +56,7 @@ class QuantkitConfig(QuantizationConfigMixin):
         self.quant_method = NATIVE_METHOD  # type: ignore[assignment]  # the enum holds transformers' own methods only
         self.block: dict[str, Any] = block.get(_PORTABLE_KEY, block)
         self.formats = read_config(self.block)
+        self.kv = read_kv(self.block)
 
     def to_dict(self) -> dict[str, Any]:
         return copy.deepcopy(self.block)
@@ -81,6 +85,12 @@ class QuantkitHfQuantizer(HfQuantizer):
                 f"quantization_config: {what} of the checkpoint is no linear of {type(model).__name__}; "
                 "config.json does not fit this model or this version of transformers."
             )
+        if self.quantization_config.kv is not None:
+            quantise_kv(model, self.quantization_config.kv)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        share_inputs(model)
+        return model
 
     def update_weight_conversions(
         self, weight_conversions: list[WeightTransform], model: PreTrainedModel

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from quantkit.formats.layer import LayerFormat, LayerInputs, inputs_from_tensors, tensor_specs
 from quantkit.kernels import dispatch, reference
 from quantkit.recipe import ActivationScheme
+
+if TYPE_CHECKING:
+    from quantkit.layers.sharing import SharedInput
 
 
 class QuantLinear(nn.Module):
@@ -44,12 +49,22 @@ class QuantLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.format = layer
+        self.shared_input: SharedInput | None = None
+        """In common with linears that read the same tensor and do the same to it (``sharing.py``)."""
         for suffix, (shape, stored) in tensor_specs(layer, out_features, in_features, dtype).items():
             self.register_buffer(suffix, torch.empty(shape, dtype=stored, device=device))
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
         return dispatch.linear(x, self)
+
+    def changed_input(self, x: Tensor) -> Tensor:
+        """What of ``x`` [..., in_features] meets the weight."""
+
+        def make() -> Tensor:
+            return reference.transform_input(x, self.inputs, self.format.activations)
+
+        return make() if self.shared_input is None else self.shared_input.of(x, make)
 
     @property
     def inputs(self) -> LayerInputs:
@@ -73,7 +88,8 @@ class QuantLinear(nn.Module):
         if self.format.activations:
             text += f", activations={_describe(self.format.activations)}"
         text += ", input_scale" * self.format.input_scale + ", input_shift" * self.format.input_shift
-        return text if self.format.input_op == "none" else f"{text}, input_op={self.format.input_op}"
+        text += "" if self.format.input_op == "none" else f", input_op={self.format.input_op}"
+        return text + ", input_clip" * self.format.input_clip
 
 
 def _describe(activations: ActivationScheme) -> str:

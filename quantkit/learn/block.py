@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from quantkit.learn.functional import Tensors
-from quantkit.learn.loop import Group, LoopOptions, Losses, mean_loss, split, train
+from quantkit.learn.loop import BeginEpoch, Group, LoopOptions, Losses, mean_loss, split, train
 from quantkit.transforms.interface import Lesson, Situation, Solution
 from quantkit.tuning.losses import Objective, channel_units
 from quantkit.tuning.samples import Samples
@@ -81,11 +81,16 @@ class BlockLearner:
         unit, variance = channel_units(self._samples.targets(self._samples.with_target()))
         self._objective = Objective("mse", 0.0, unit, variance)
 
-    def run(self, choose_start: Callable[[Sequence[int]], None] | None = None) -> Solution:
+    def run(
+        self,
+        choose_start: Callable[[Sequence[int]], None] | None = None,
+        begin_epoch: BeginEpoch | None = None,
+    ) -> Solution:
         """Train, and return what was learned, or nothing if round to nearest is no worse.
 
         Args:
             choose_start: called with the samples to learn from before the first step; may use ``loss``.
+            begin_epoch: as for ``loop.train``.
         """
         options, situation, learned = self._options, self._situation, self._learned
         with self._changed_inputs():
@@ -95,7 +100,7 @@ class BlockLearner:
                 return Solution()
             if choose_start:
                 choose_start(learn)
-            curve = train(learned.groups(), self._fix, learn, judges, options, situation.seed)
+            curve = train(learned.groups(), self._fix, learn, judges, options, situation.seed, begin_epoch)
         plain = sum(before[sample] for sample in judges) / len(judges)
         accepted = curve.best < plain
         fact = {

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from quantkit.calibrate.statistics import InputStatistics
     from quantkit.transforms.omniquant import Config
 
-_FEWEST_ROWS = 32
+FEWEST_ROWS = 32
 """Inputs from which anything is concluded about a signal. Experts may see fewer."""
 _LARGEST = 1e4
 """Bound of the scales to start with; keeps norms and weights inside float16."""
@@ -88,13 +88,13 @@ class BlockChanges:
 
     def _seen(self, name: str) -> bool:
         """Did enough calibration tokens reach the linear to conclude anything?"""
-        return len(self._statistics.inputs[name].rows) >= _FEWEST_ROWS
+        return len(self._statistics.inputs[name].rows) >= FEWEST_ROWS
 
     def _start_of(self, site: Site, touched: Collection[str]) -> Change | None:
         """SmoothQuant's scale, and a shift to the middle of most values; None where nothing shall be changed."""
         situation, config = self._situation, self._config
         names = [name for name in site.consumers if name in situation.linears]
-        if not names or len(self._statistics.of_site(site).rows) < _FEWEST_ROWS:
+        if not names or len(self._statistics.of_site(site).rows) < FEWEST_ROWS:
             return None
         shifts = config.shift == "auto" and shift_obstacle(situation.block, site) is None
         shifts &= site.kind == "none" or not any(name in touched for name in names)
@@ -144,6 +144,10 @@ class BlockChanges:
         if activations is not None:
             hooks |= {name: InputRounding(activations) for name in linears if name not in hooks}
         return hooks
+
+    def begin_epoch(self, epoch: int, epochs: int) -> bool:
+        """As ``loop.BeginEpoch``: everything learns from the first step."""
+        return True
 
     # --- use ---------------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantkit.formats.layer import LayerInputs
+from quantkit.kernels import online
 from quantkit.kernels.reference import fake_quantize
 from quantkit.quantizers import rtn
 from quantkit.quantizers.grid import by_rows, group_views
@@ -141,7 +143,7 @@ def _search(weight: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype, root
 
 
 class InputRounding:
-    """A forward pre-hook for linears that read one signal: x -> round((x - shift) * scale).
+    """A forward pre-hook for linears that read one signal: x -> round(op((x - shift) * scale)).
 
     Linears that are called with the same tensor one after the other get the same tensor.
     """
@@ -156,6 +158,10 @@ class InputRounding:
         """[columns]; None: 1."""
         self.shift: Tensor | None = None
         """[columns]; None: 0."""
+        self.op = LayerInputs()
+        """The matrix, in float32."""
+        self.clip: Tensor | None = None
+        """[2], shares of the ends of ranges; None: all of them, without gradients. Dynamic grids only."""
         self._last: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -165,7 +171,7 @@ class InputRounding:
         return (self._last[1], *args[1:])
 
     def forget(self) -> None:
-        """Drop what the last call left. To be called before ``scale`` or ``shift`` become something else."""
+        """Drop what the last call left. To be called before anything here becomes something else."""
         self._last = None
 
     def _changed(self, x: Tensor) -> Tensor:
@@ -173,7 +179,10 @@ class InputRounding:
             x = x - self.shift
         if self.scale is not None:
             x = x * self.scale
-        return x if self._activations is None else fake_quantize(x, self._activations)
+        if self.op.op != "none":
+            with torch.autocast(x.device.type, enabled=False):  # what is rounded is computed as at run time
+                x = online.apply(x, self.op)
+        return x if self._activations is None else fake_quantize(x, self._activations, clip=self.clip)
 
 
 class _Rounded(torch.autograd.Function):

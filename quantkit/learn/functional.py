@@ -36,6 +36,25 @@ def fold_site(tensors: Tensors, site: Site, t: Tensor, z: Tensor | None, consume
         tensors[f"{name}.weight"] = tensors[f"{name}.weight"] / columns
 
 
+def fold_matrix(tensors: Tensors, site: Site, matrix: Tensor, undo: Tensor) -> None:
+    """The signal of a v -> o site is multiplied by ``matrix`` from the right, in ``tensors``.
+
+    Args:
+        matrix: [kv_heads, head_dim, head_dim].
+        undo: [kv_heads, head_dim, head_dim], matrix**-T: what the columns of the consumers are multiplied by.
+    """
+    rows = None if site.rows is None else site.rows.clone()  # of inference mode, perhaps
+    for name in (f"{site.producer}.weight", f"{site.producer}.bias"):
+        if name in tensors:
+            part = tensors[name] if rows is None else tensors[name][rows]
+            by_head = part.reshape(len(matrix), site.head_dim, -1)  # [kv_heads, head_dim, in, or 1 for a bias]
+            changed = (matrix.mT @ by_head).reshape(part.shape)
+            tensors[name] = changed if rows is None else tensors[name].index_copy(0, rows, changed)
+    for consumer in site.consumers:
+        weight = tensors[f"{consumer}.weight"].unflatten(1, (len(undo), site.repeats, site.head_dim))
+        tensors[f"{consumer}.weight"] = torch.einsum("ohrd,hde->ohre", weight, undo).flatten(1)
+
+
 def fold_query_key(tensors: Tensors, pair: QueryKey, t: Tensor) -> None:
     """Queries times ``t`` [``pair.width``], keys divided by it, in ``tensors``."""
     keys = t[pair.tie.clone()]  # of inference mode, perhaps

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 Losses = Callable[[Sequence[int]], Tensor]
 """Samples -> the loss of each, [samples]."""
+BeginEpoch = Callable[[int, int], bool]
+"""(epoch 0 .. epochs - 1, epochs), before its first step -> does everything learn from here on?"""
 
 _HALVINGS = 3
 """As often are the learning rates halved before training is given up."""
@@ -33,7 +35,9 @@ class LoopOptions(BaseModel, frozen=True, extra="forbid"):
     schedule: Literal["constant", "cosine"] = Field("cosine", description="of the learning rates")
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps in which the learning rates rise from 0")
     holdout: float = Field(0.1, ge=0, le=0.5, description="share of the samples that judge the result; 0: all judge")
-    patience: int = Field(3, ge=1, description="epochs without a better result before training stops")
+    patience: int = Field(
+        3, ge=1, description="epochs without a better result before training stops, once everything learns"
+    )
     autocast: bool = Field(False, description="matrix products in bfloat16 while training; judged in float32")
 
 
@@ -106,6 +110,7 @@ def train(
     judges: Sequence[int],
     options: LoopOptions,
     seed: int,
+    begin_epoch: BeginEpoch | None = None,
 ) -> Curve:
     """Change the parameters, in place, to the best state that is found.
 
@@ -116,10 +121,12 @@ def train(
         learn: samples to learn from, neighbours best next to each other.
         judges: samples that decide which state is kept.
         seed: of the order of the steps.
+        begin_epoch: told of every epoch: for what is let in on the learning step by step. What a parameter does may
+            only change where it still has its first value: a state that was kept is judged by what it did then.
     """
     # Inference mode, in which the pipeline runs, knows no gradients.
     with torch.inference_mode(False), torch.enable_grad():
-        return _Training(groups, fix, learn, judges, options, seed).run()
+        return _Training(groups, fix, learn, judges, options, seed, begin_epoch).run()
 
 
 class _Training:
@@ -133,12 +140,14 @@ class _Training:
         judges: Sequence[int],
         options: LoopOptions,
         seed: int,
+        begin_epoch: BeginEpoch | None,
     ) -> None:
         self._groups = [group for group in groups if group.parameters]
         self._parameters = [parameter for group in self._groups for parameter in group.parameters]
         self._fix = fix
         self._judges = judges
         self._options = options
+        self._begin_epoch = begin_epoch
         self._batches = [learn[first : first + options.batch] for first in range(0, len(learn), options.batch)]
         self._generator = torch.Generator().manual_seed(seed)
         self._shrink = 1.0
@@ -157,6 +166,7 @@ class _Training:
         optimiser, least, stale = self._new_optimiser(), curve.before, 0
         for epoch in range(1, self._options.epochs + 1):
             skipped = curve.skipped_steps
+            settled = self._begin_epoch is None or self._begin_epoch(epoch - 1, self._options.epochs)
             self._epoch(optimiser, epoch, curve)
             held = self._judge()
             curve.holdout.append(held)
@@ -170,7 +180,7 @@ class _Training:
             elif held < least or not math.isfinite(least):
                 least, stale, curve.best_epoch = held, 0, epoch
                 self._keep()
-            else:
+            elif settled:
                 stale += 1
                 if stale == self._options.patience:
                     return

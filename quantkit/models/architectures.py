@@ -80,6 +80,31 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Residual:
+    """What adds to the residual stream, and what reads it behind the last block. Inside a block, ``norm_groups`` say
+    what reads it."""
+
+    writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
+    """Linears inside a block whose output is added to it, nothing in between."""
+    embedding: str = "model.embed_tokens"
+    """Module path in the model, as all that follow."""
+    positions: str = ""
+    """Learned position embeddings; empty: there are none."""
+    norm: str = "model.norm"
+    """Behind the last block."""
+    head: str = "lm_head"
+    """The linear that reads ``norm``, and whose weight may be that of ``embedding``."""
+    project_in: str = ""
+    """A linear between ``embedding`` and the stream, where the model has it."""
+    project_out: str = ""
+    """A linear between ``norm`` and ``head``, where the model has it."""
+    centred: bool = False
+    """The norms subtract the mean over the channels."""
+    conditions: tuple[Condition, ...] = ()
+    """Where one does not hold, the stream cannot be changed as a whole."""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One family: facts only; ``sites`` expands them for a block."""
 
@@ -91,6 +116,8 @@ class Architecture:
     experts: Experts | None = None
     norm_offset: float = 0.0
     never_quantised: tuple[str, ...] = ()
+    residual: Residual | str = "its table does not say what writes into the residual stream"
+    """A text says why the stream cannot be changed as a whole."""
 
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -105,6 +132,7 @@ LLAMA = Architecture(
         NormGroup("mlp.input", "post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
     ),
     links=(_VALUE, _GATED_HIDDEN),
+    residual=Residual(),
 )
 
 GEMMA = Architecture(
@@ -115,6 +143,7 @@ GEMMA = Architecture(
     ),
     links=(_VALUE, _GATED_HIDDEN),
     norm_offset=1.0,  # Gemma multiplies by (1 + weight)
+    residual="attention and MLP end in norms whose weights multiply single channels of it",
 )
 
 PHI3 = Architecture(
@@ -128,6 +157,7 @@ PHI3 = Architecture(
         Link("mlp.hidden", "mlp.gate_up_proj", "mlp.down_proj", rows="gate_up"),
     ),
     attention=Attention("self_attn.qkv_proj", "self_attn.qkv_proj", rows="qkv", rotary="partial"),
+    residual=Residual(),
 )
 
 OPT = Architecture(
@@ -147,6 +177,16 @@ OPT = Architecture(
         ),
         Condition(("attention.input", "mlp.input"), "layer_norm_elementwise_affine", True, "the norm has no weight"),
         Condition(("mlp.hidden",), "activation_function", "relu", "only ReLU commutes with a positive scale"),
+    ),
+    residual=Residual(
+        writers=("self_attn.out_proj", "fc2"),
+        embedding="model.decoder.embed_tokens",
+        positions="model.decoder.embed_positions",
+        norm="model.decoder.final_layer_norm",
+        project_in="model.decoder.project_in",
+        project_out="model.decoder.project_out",
+        centred=True,
+        conditions=(Condition((), "do_layer_norm_before", True, "the norms stand behind its sums"),),
     ),
 )
 
@@ -168,6 +208,7 @@ BLOOM = Architecture(
             "the residual is taken behind the norm",
         ),
     ),
+    residual="a norm whose weight multiplies single channels of it stands behind the embeddings",
 )  # fmt: skip
 
 GPT_NEOX = Architecture(
@@ -178,6 +219,12 @@ GPT_NEOX = Architecture(
     ),
     links=(Link("attention.value", "attention.query_key_value", "attention.dense", rows="heads_qkv", heads=True),),
     attention=Attention("attention.query_key_value", "attention.query_key_value", rows="heads_qkv", rotary="partial"),
+    residual=Residual(
+        writers=("attention.dense", "mlp.dense_4h_to_h"),
+        embedding="gpt_neox.embed_in",
+        norm="gpt_neox.final_layer_norm",
+        centred=True,
+    ),
 )
 
 MIXTRAL = Architecture(
@@ -188,6 +235,7 @@ MIXTRAL = Architecture(
     ),
     links=(_VALUE, Link("mlp.experts.*.hidden", "mlp.experts.*.w3", "mlp.experts.*.w2")),
     experts=Experts("mlp.experts", gate="w1", up="w3", down="w2"),
+    residual=Residual(writers=("self_attn.o_proj", "mlp.experts.*.w2")),
 )
 
 QWEN_MOE = Architecture(
@@ -212,6 +260,9 @@ QWEN_MOE = Architecture(
     ),
     experts=Experts("mlp.experts"),
     never_quantised=("mlp.shared_expert_gate",),  # one output row that decides about a whole expert
+    residual=Residual(
+        writers=("self_attn.o_proj", "mlp.down_proj", "mlp.experts.*.down_proj", "mlp.shared_expert.down_proj")
+    ),
 )  # fmt: skip
 
 BERT = Architecture(
@@ -222,6 +273,7 @@ BERT = Architecture(
     ),
     links=(Link("attention.value", "attention.self.value", "attention.output.dense", heads=True),),
     attention=Attention("attention.self.query", "attention.self.key", rotary="none"),
+    residual="the norms stand behind its sums",
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -295,6 +347,19 @@ def sites(arch: Architecture, config: Any, block: nn.Module) -> tuple[Site, ...]
             rows = _rows(link.rows, "value", shapes[producer][0], width, head_dim)
             found.append(Site(name, "linear", producer, (consumer,), rows, repeats=repeats, head_dim=head_dim))
     return tuple(found)
+
+
+def writers(arch: Architecture, block: nn.Module) -> tuple[str, ...]:
+    """Paths of the linears of ``block`` (meta device will do) that write into the residual stream; experts one by one.
+
+    None where the table says that the stream cannot be changed as a whole.
+    """
+    if isinstance(arch.residual, str):
+        return ()
+    experts = expert_shapes(arch, block)
+    present = {path for path, _ in block.named_modules()} | set(experts)
+    patterns = arch.residual.writers
+    return tuple(path for pattern in patterns for path in _expand(pattern, len(experts) // 3) if path in present)
 
 
 def query_key(arch: Architecture, config: Any, block: nn.Module) -> QueryKey:

@@ -46,6 +46,9 @@ class TensorInfo:
 class Checkpoint:
     """The tensors of a model folder under the names they have in its files."""
 
+    basis = ""
+    """How the residual stream is changed against that of the files, in a few words; empty: it is not."""
+
     def __init__(self, folder: Path, names: dict[str, TensorInfo]) -> None:
         self.folder = folder
         self.names = names
@@ -76,6 +79,11 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors as stored."""
         return sum(info.nbytes for info in self.names.values())
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of all tensors that are in the files."""
+        return self.nbytes
 
     def nbytes_of(self, name: str) -> int:
         """Bytes of the tensor ``name`` as stored."""

@@ -148,6 +148,11 @@ class Skeleton:
         """Canonical tensor name -> its name in a checkpoint that is named as the source is; see ``NameMap``."""
         return self.names.checkpoint_name(name)
 
+    def stored_in(self, name: str) -> str | None:
+        """Checkpoint name of the tensor that the canonical tensor ``name`` is, or is a part of; None: there is none."""
+        source = self._sources.get(name)
+        return source.name if source else None
+
     def block_tensors(self, index: int) -> tuple[str, ...]:
         """Local names of the tensors of block ``index``: canonical names without the block's prefix."""
         prefix = self.block_prefix(index)

@@ -48,7 +48,8 @@ class Transformed:
         Raises:
             ValueError: it changes the channels of a linear whose input is multiplied by a matrix already.
         """
-        self._check_order(method, solution)
+        changed = self._changed_inputs(solution)
+        self._check_order(method, changed)
         for site in self.block.sites:
             change = solution.sites.get(site.name)
             if change is not None and self._sound(method, site.name, change.scale, change.shift):
@@ -64,11 +65,16 @@ class Transformed:
         pair, t = self.block.query_key, solution.query_key
         if pair is not None and t is not None and self._sound(method, "queries and keys", t, None):
             fold.apply_qk_scale(self.block, pair, t)
-        rotated += [name for name, op in solution.ops.items() if self._apply_op(method, name, op)]
-        changed = [site for site in self.block.sites if site.name in solution.sites]
-        rescaled = [name for site in changed for name in (site.producer, *site.consumers)]
-        self._forget_limits([*rescaled, *solution.linears, *rotated])
-        self.limits |= solution.limits
+        multiplied = [name for name, op in solution.ops.items() if self._apply_op(method, name, op)]
+        rescaled = [site for site in self.block.sites if site.name in solution.sites]
+        rewritten = [name for site in rescaled for name in (site.producer, *site.consumers)]
+        self._forget_limits([*rewritten, *solution.linears, *rotated, *multiplied])
+        self._forget_clips(changed)
+        lost = solution.ops.keys() - multiplied  # what was found behind a matrix that is left out
+        self.limits |= {name: limits for name, limits in solution.limits.items() if name not in lost}
+        for name, clip in solution.clips.items():
+            if name not in lost:
+                self._apply_clip(method, name, clip)
         self.facts += [{"method": method, **fact} for fact in solution.facts]
 
     def input_of(self, name: str) -> LayerInputs:
@@ -161,11 +167,21 @@ class Transformed:
         self.inputs[name] = replace(self.input_of(name), **stored)
         return True
 
-    def _check_order(self, method: str, solution: Solution) -> None:
-        """Scales and shifts of channels cannot go in front of a matrix that was found for the input as it is."""
+    def _apply_clip(self, method: str, name: str, clip: Tensor) -> None:
+        stored = clip.to(self.dtype)
+        if bool(((stored > 0) & (stored <= 1)).all()):
+            self.inputs[name] = replace(self.input_of(name), clip=stored)
+        else:
+            self._left_out(method, name, "shares of a range that are not above 0 and at most 1", "nothing is clipped")
+
+    def _changed_inputs(self, solution: Solution) -> set[str]:
+        """Linears whose input becomes something else."""
         sites = {site.name: site.consumers for site in self.block.sites}
         changed = {name for site in (*solution.sites, *solution.matrices) for name in sites.get(site, ())}
-        changed |= {*solution.linears, *solution.ops}
+        return changed | {*solution.linears, *solution.ops}
+
+    def _check_order(self, method: str, changed: Collection[str]) -> None:
+        """Scales and shifts of channels cannot go in front of a matrix that was found for the input as it is."""
         taken = sorted(name for name in changed if self.input_of(name).op != "none")
         if taken:
             raise ValueError(
@@ -179,6 +195,16 @@ class Transformed:
             more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
             where = f"{self.block.prefix}{lost[0]}{more}"
             self.warn(f"{where}: limits of weights are given up where these were transformed again.")
+
+    def _forget_clips(self, names: Iterable[str]) -> None:
+        """The same of shares of an input's range."""
+        lost = sorted(name for name in names if self.input_of(name).clip is not None)
+        for name in lost:
+            self.inputs[name] = replace(self.inputs[name], clip=None)
+        if lost:
+            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            where = f"{self.block.prefix}{lost[0]}{more}"
+            self.warn(f"{where}: clips of inputs are given up where these were transformed again.")
 
     def _add_to_bias(self, name: str, shift: Tensor) -> None:
         """bias += W @ shift, float64: what the input has lost."""
@@ -197,5 +223,5 @@ class Transformed:
             self._left_out(method, where, "no finite numbers")
         return sound
 
-    def _left_out(self, method: str, where: str, problem: str) -> None:
-        self.warn(f"{self.block.prefix}{where}: {method} found {problem}; nothing is transformed there.")
+    def _left_out(self, method: str, where: str, problem: str, done: str = "nothing is transformed") -> None:
+        self.warn(f"{self.block.prefix}{where}: {method} found {problem}; {done} there.")

@@ -7,8 +7,12 @@ one in a row of W. Nothing is learned and no data is needed. Inputs are rotated 
 linear; what else reads them (routers, the residual) sees them as they were, so norms need not be folded. Values are
 rotated within their heads at no cost, by matrices in v and o: attention only sums them.
 
-Against QuaRot: the residual stream stays as it is, and every rotation is of its own input, so any of them can be left
-out; sizes for which no Hadamard matrix is known are rotated, too (``kernels/hadamard.py``).
+What reads the residual stream can have it for nothing, too: ``residual`` rotates the stream of the whole model once,
+in the weights (``residual.py``), before this or any other step sees a block. attention.input and mlp.input are then
+rotated already. That rotation and those of values can be learned, as in SpinQuant (Liu et al., arXiv 2405.16406).
+
+Against QuaRot: every rotation at run time is of its own input, so any of them can be left out; sizes for which no
+Hadamard matrix is known are rotated, too (``kernels/hadamard.py``).
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Collection, Iterable, Iterator
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import torch
 from pydantic import BaseModel, Field
@@ -25,8 +29,12 @@ from torch import Tensor
 from quantkit.formats.layer import LayerInputs
 from quantkit.kernels.hadamard import split
 from quantkit.kernels.online import apply
+from quantkit.learn.rotation import Learned, learn_rotation
 from quantkit.models.block import Site
 from quantkit.transforms.interface import Online, Situation, Solution
+
+if TYPE_CHECKING:
+    from quantkit.calibrate.statistics import Want
 
 Place = Literal["attention.input", "attention.value", "attention.output", "mlp.input", "mlp.hidden", "other"]
 _EXPERT = re.compile(r"\.\d+(?=\.)")
@@ -41,9 +49,41 @@ class Config(BaseModel, frozen=True, extra="forbid"):
         "of the architecture does not cover) at run time; attention.value: values within heads, free of cost; "
         "attention.output: across heads as well, at run time, and not part of all",
     )
+    residual: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="rotate the residual stream of the whole model, in the weights and free of cost, instead of "
+        "attention.input and mlp.input at run time; auto: where sites name both, no transform comes before and the "
+        "model allows it without untying its embeddings; always: or refuse",
+    )
+
+    learn_steps: int = Field(
+        0,
+        ge=0,
+        description="learn the rotations of the residual stream and of values in so many steps from the Hadamard "
+        "matrices, for what rounding of inputs loses; needs residual: always, a scheme that rounds activations, and "
+        "calibration data",
+    )
+
+    @property
+    def fuses(self) -> Literal["auto", "always", "never"]:
+        """Is the residual stream to be rotated? auto: if nothing stands against it."""
+        if self.residual == "auto" and not (self.wants("attention.input") and self.wants("mlp.input")):
+            return "never"
+        return self.residual
+
+    def settled(self, fused: bool) -> Config:
+        """These options, ``residual`` decided."""
+        return self.model_copy(update={"residual": "always" if fused else "never"})
 
     def wants(self, place: Place) -> bool:
+        if self.residual == "always" and place in ("attention.input", "mlp.input"):
+            return False
         return place != "attention.output" if self.sites == "all" else place in self.sites
+
+
+def statistics(config: Config) -> tuple[Want, ...]:
+    """Rows of values, to learn from."""
+    return ("rows",) if config.learn_steps else ()
 
 
 def online(sites: Iterable[Site], linears: Collection[str], config: Config) -> Online:
@@ -71,8 +111,27 @@ def solve(situation: Situation, config: Config) -> Solution:
             # Rows of the identity become the columns of R: v @ R.T is R @ v.
             matrices[site.name] = apply(torch.eye(site.head_dim, dtype=torch.float64), signs)
             widths[site.name, site.head_dim] = None
-    facts = [{"site": label, "width": width, "matrix": _matrix_kind(width)} for label, width in widths]
+    facts: list[dict[str, Any]] = [
+        {"site": label, "width": width, "matrix": _matrix_kind(width)} for label, width in widths
+    ]
+    if config.learn_steps:
+        of_site = {fact["site"]: fact for fact in facts}
+        for site in block.sites:
+            if site.name in matrices:
+                learned = _learned(situation, site, matrices[site.name], config.learn_steps)
+                matrices[site.name] = matrices[site.name] @ learned.matrix
+                of_site[site.name] |= {"loss_before": learned.before, "loss": learned.after}
     return Solution(matrices=matrices, ops=rotations, facts=facts)
+
+
+def _learned(situation: Situation, site: Site, start: Tensor, steps: int) -> Learned:
+    """What to turn values further by, behind ``start`` [head_dim, head_dim]: one matrix for all heads of a block."""
+    activations = situation.scheme.activations
+    assert situation.observed is not None
+    assert activations is not None
+    rows = situation.observed.statistics.of_site(site).rows
+    samples = rows.unflatten(-1, (-1, site.head_dim)) @ start.float()
+    return learn_rotation(samples, activations, steps, situation.seed)
 
 
 def _rotated(sites: Iterable[Site], linears: Collection[str], config: Config) -> Iterator[tuple[str, str]]:

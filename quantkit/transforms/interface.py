@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.formats.layer import LayerInputs
+from quantkit.kernels.online import kronecker_split
 from quantkit.models.block import Block, Site
 from quantkit.quantizers import rtn
 from quantkit.recipe import Scheme, WeightScheme
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
     from quantkit.calibrate.replay import Replay
     from quantkit.calibrate.streams import StreamName, Streams
 
-InputOp = Literal["scale", "shift", "hadamard", "kronecker", "dense"]
+InputOp = Literal["scale", "shift", "hadamard", "kronecker", "dense", "clip"]
 Online = dict[str, frozenset[InputOp]]
-"""Linear -> what may be done to its input at run time; the last three exclude each other. Where one of them is
-announced, no other transform may follow: behind it there are no channels that could be told apart."""
+"""Linear -> what may be done to its input at run time; the three matrices exclude each other. Where one of them is
+announced, no other transform may follow: behind it there are no channels that could be told apart. Of ``kronecker`` the
+left factor has ``kronecker_left`` rows. ``clip`` is for dynamic activations; others ignore it."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,9 @@ class Solution:
     limits: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Linear name -> (lowest, highest), each [rows, groups]: weights are clamped to them before they are rounded. In
     the units that the weights have once everything above is applied."""
+    clips: Mapping[str, Tensor] = field(default_factory=dict)
+    """Linear name -> shares [2] of either end of the range of its input, as ``LayerInputs.clip``, once everything above
+    is applied. Linears that read one tensor should have one in common. Dynamic activations only."""
     facts: list[dict[str, Any]] = field(default_factory=list)
     """JSON-ready lines for the run record, one per site or linear: ``site`` or ``linear``, losses before and after,
     what was chosen."""
@@ -127,3 +132,13 @@ class Solution:
 def online_sites(sites: Iterable[Site], linears: Collection[str], ops: Collection[InputOp]) -> Online:
     """For transforms of sites: the quantised consumers of sites whose producer can hold nothing."""
     return {name: frozenset(ops) for site in sites if site.kind == "none" for name in site.consumers if name in linears}
+
+
+def kronecker_left(sites: Iterable[Site], name: str, in_features: int) -> int:
+    """Rows of the left factor of a ``kronecker`` matrix for the input of a linear.
+
+    The number of heads where the input is made of heads: what is done within one can be folded into v and o. Else that
+    of ``kronecker_split``. 1: the width is prime, or there is one head, and no such matrix is used.
+    """
+    head_dim = next((site.head_dim for site in sites if site.head_dim and name in site.consumers), 0)
+    return in_features // head_dim if head_dim else kronecker_split(in_features)[0]

@@ -20,7 +20,8 @@ Only round to nearest asks for limits: other roundings choose their range themse
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -29,7 +30,7 @@ from pydantic import Field
 from quantkit.learn.block import BlockLearner, BlockOptions
 from quantkit.learn.changes import BlockChanges
 from quantkit.models.block import Site
-from quantkit.transforms.interface import InputOp, Online, Situation, Solution, online_sites
+from quantkit.transforms.interface import InputOp, Lesson, Observed, Online, Situation, Solution, online_sites
 
 if TYPE_CHECKING:
     from quantkit.calibrate.streams import StreamName
@@ -72,6 +73,18 @@ def online(sites: Iterable[Site], linears: Collection[str], config: Config) -> O
 
 def solve(situation: Situation, config: Config) -> Solution:
     """Changes of the signals of a block and limits of its linears, or nothing if round to nearest is no worse."""
+    return learn("omniquant", situation, config, lambda *seen: BlockChanges(situation, config, *seen))
+
+
+def learn(
+    method: str, situation: Situation, config: Config, changes: Callable[[Observed, Lesson], BlockChanges]
+) -> Solution:
+    """What ``changes`` become by training, or nothing if round to nearest is no worse.
+
+    Args:
+        method: whose options ``config`` are.
+        changes: makes what is learned, where it starts.
+    """
     observed = situation.observed
     assert observed is not None
     assert observed.lesson is not None
@@ -81,18 +94,20 @@ def solve(situation: Situation, config: Config) -> Solution:
     with torch.inference_mode(False), torch.enable_grad():
         lesson = observed.lesson(streams)
         with lesson.targets:
-            learned = BlockChanges(situation, config, observed, lesson)
+            learned = changes(observed, lesson)
             if not any(group.parameters for group in learned.groups()):
-                situation.note("omniquant has nothing to learn in some blocks: see its options clip and let.")
+                situation.note(f"{method} has nothing to learn in some blocks: see its options clip and let.")
                 return Solution()
             learner = BlockLearner(situation, config, lesson, learned)
             if config.clip_start == "wide":
-                return learner.run()
-            return learner.run(lambda samples: _choose_limits(learner, learned, samples[:_START_SAMPLES]))
+                return learner.run(None, learned.begin_epoch)
+            choose = partial(_choose_limits, learner, learned)
+            return learner.run(choose, learned.begin_epoch)
 
 
 def _choose_limits(learner: BlockLearner, learned: BlockChanges, samples: Sequence[int]) -> None:
     """Start with the searched limits of a linear (of all experts at once), or half of them, if that is better."""
+    samples = samples[:_START_SAMPLES]
     least = learner.loss(samples)
     for names in learned.kinds():
         best = 0.0

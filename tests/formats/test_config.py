@@ -60,6 +60,7 @@ def test_native_block_is_as_documented():
                 "input_shift": False,
                 "input_op": "none",
                 "input_left": None,
+                "input_clip": False,
                 "storage": "packed",
             }
         ],

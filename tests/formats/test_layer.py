@@ -14,6 +14,7 @@ FORMATS = [
     ("W8A8TS", {}), ("W6A6ZTS", {}), ("W4A4ZTS", {"input_scale": True, "input_shift": True}), ("W4A4B32", {}),
     ("W4A4", {"input_op": "hadamard"}), ("W4A4", {"input_op": "dense", "input_scale": True}),
     ("W4A4TS", {"input_op": "kronecker", "input_left": 8, "input_shift": True}),
+    ("W4A4Z", {"input_clip": True}), ("W8A8", {"input_clip": True, "input_op": "hadamard"}),
 ]  # fmt: skip
 
 
@@ -80,7 +81,18 @@ def test_only_kronecker_has_a_left_factor():
             layer_format("W4A4", **settings)
 
 
+def test_only_ranges_at_hand_are_clipped():
+    for scheme in ("W4A16G64", "W8A8TS"):
+        with pytest.raises(ValidationError, match="input_clip needs dynamic activations"):
+            layer_format(scheme, input_clip=True)
+    with pytest.raises(ValueError, match="input_clip is missing"):
+        to_tensors(round_to_nearest(torch.randn(8, 64), layer_format("W4A4"), torch.float32),
+                   layer_format("W4A4", input_clip=True))  # fmt: skip
+
+
 def test_a_format_follows_what_is_done_to_the_input():
+    clipped = layer_format("W4A4", input_clip=True)
+    assert layer_format("W4A4").with_inputs(layer_inputs(clipped, 24)) == clipped
     layer = layer_format("W4A4", input_scale=True, input_op="kronecker", input_left=8)
     assert layer_format("W4A4").with_inputs(layer_inputs(layer, 24)) == layer
     plain = layer_format("W4A4", input_op="hadamard", input_shift=True)
@@ -152,6 +164,7 @@ def test_says_what_it_is():
     assert layer_format("W4A16G32").describe() == "W4SA16G32"
     assert layer_format("W8A8ZTS", input_scale=True, input_shift=True).describe() == "W8SA8ZTSGC x t + s"
     assert layer_format("W4A4", input_scale=True, input_op="hadamard").describe() == "W4SA4GC x t hadamard"
+    assert layer_format("W4A4", input_clip=True).describe() == "W4SA4GC clip"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])

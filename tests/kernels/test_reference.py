@@ -126,6 +126,122 @@ def test_the_gradient_goes_straight_through_rounding(scheme):
         torch.testing.assert_close(x.grad, upstream * stored.scale)
 
 
+# --- clipped ranges --------------------------------------------------------------------------------------------------
+
+CLIPPED = ["W8A8", "W4A4", "W4A4Z", "W6A6T", "W4A4ZT", "W4A4B48", "W4A4ZB48"]
+
+
+def grid(scheme: str) -> ActivationScheme:
+    activations = layer_format(scheme).activations
+    assert activations is not None
+    return activations
+
+
+@DTYPES
+@pytest.mark.parametrize("scheme", CLIPPED)
+def test_a_whole_range_is_no_clip_bit_for_bit(scheme, dtype):
+    x = inputs(2, 5, dtype=dtype)
+    x[0, 0], x[0, 1], x[1, 0] = 0, x[0, 1].abs(), -x[1, 0].abs()
+    want = reference.fake_quantize(x, grid(scheme))
+    ones = torch.ones(2, dtype=dtype)
+    assert torch.equal(reference.fake_quantize(x, grid(scheme), clip=ones), want)
+    with_gradients = reference.fake_quantize(x.requires_grad_(), grid(scheme), clip=ones.requires_grad_())
+    assert torch.equal(with_gradients.detach(), want)
+
+
+@DTYPES
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero point"])
+def test_a_clipped_token_is_rounded_to_the_grid_of_its_shares(symmetric, dtype):
+    """As if its largest values were that much smaller; what lies beyond becomes the ends of the grid."""
+    scheme = ActivationScheme(bits=4, symmetric=symmetric)
+    x, clip = inputs(6, dtype=dtype), torch.tensor([0.5, 0.75], dtype=dtype)
+    low, high = x.amin(-1, keepdim=True) * clip[0], x.amax(-1, keepdim=True) * clip[1]
+    step = (torch.maximum(-low, high) / 7.5 if symmetric else (high - low) / 15).to(dtype)
+    zero = 0 if symmetric else (-8 - low / step).clamp(-8, 7).round()
+    want = ((x / step + zero).clamp(-8, 7).round() - zero) * step
+    found = reference.fake_quantize(x, scheme, clip=clip)
+    assert torch.equal(found, want)
+    assert (found.amax(-1) < 0.85 * x.amax(-1)).all()
+    assert not torch.equal(found, reference.fake_quantize(x, scheme, clip=clip.flip(0)))
+
+
+@pytest.mark.parametrize("scheme", CLIPPED)
+def test_every_range_is_clipped_by_itself(scheme):
+    x, clip = inputs(4), torch.tensor([0.6, 0.8])
+    found = reference.fake_quantize(x, grid(scheme), clip=clip)
+    if grid(scheme).granularity == "token":
+        assert torch.equal(found[2], reference.fake_quantize(x[2], grid(scheme), clip=clip))
+    if grid(scheme).granularity == "group":
+        alone = ActivationScheme(bits=4, symmetric=grid(scheme).symmetric)
+        parts = [reference.fake_quantize(part, alone, clip=clip) for part in x.split(48, dim=-1)]
+        assert torch.equal(found, torch.cat(parts, dim=-1))
+    assert torch.equal(reference.fake_quantize(0 * x, grid(scheme), clip=clip), 0 * x)
+    torch.testing.assert_close(reference.fake_quantize(4 * x, grid(scheme), clip=clip), 4 * found)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero point"])
+def test_the_slope_of_what_is_cut_off_is_the_true_one(symmetric):
+    """Tokens of values of one size on either side: all of them are beyond the grid and move with its ends."""
+    scheme = ActivationScheme(bits=8, symmetric=symmetric)  # the grid ends within half a step of the range
+    generator = torch.Generator().manual_seed(0)
+    x = torch.where(torch.randn(5, IN, generator=generator) < 0, -2.0, 3.0)
+    upstream = torch.randn(5, IN, generator=generator)
+    # Zero points move in steps, so slopes are compared along a path: the fundamental theorem.
+    path = torch.stack((torch.linspace(0.3, 0.5, 401), torch.linspace(0.35, 0.5, 401)), dim=1)
+    values, slopes = [], []
+    for clip in path:
+        clip = clip.clone().requires_grad_()
+        value = (reference.fake_quantize(x, scheme, clip=clip) * upstream).sum()
+        (slope,) = torch.autograd.grad(value, clip)
+        values.append(value.detach())
+        slopes.append(slope)
+    along = torch.stack(slopes)
+    found = ((along[1:] + along[:-1]) / 2 * path.diff(dim=0)).sum()
+    assert float((values[-1] - values[0]).abs()) > 1
+    torch.testing.assert_close(found, values[-1] - values[0], rtol=0.03 if not symmetric else 1e-3, atol=0)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero point"])
+def test_gradients_of_clipped_ranges(symmetric):
+    """Inside the grid straight through, beyond it none but of the ends, which go to the largest and least value."""
+    scheme = ActivationScheme(bits=4, symmetric=symmetric)
+    x, clip = inputs(5).requires_grad_(), torch.tensor([0.5, 0.5], requires_grad=True)
+    upstream = torch.randn(5, IN, generator=torch.Generator().manual_seed(0))
+    rounded = reference.fake_quantize(x, scheme, clip=clip)
+    (rounded * upstream).sum().backward()
+    with torch.no_grad():
+        low, high = 0.5 * x.amin(-1, keepdim=True), 0.5 * x.amax(-1, keepdim=True)
+        step = torch.maximum(-low, high) / 7.5 if symmetric else (high - low) / 15
+        zero = 0 if symmetric else (-8 - low / step).round()
+        inside = ((x / step + zero) >= -8) & ((x / step + zero) <= 7)
+        ends = torch.zeros_like(inside)
+        ends.scatter_(1, x.argmax(-1, keepdim=True), True).scatter_(1, x.argmin(-1, keepdim=True), True)
+        slope = torch.where(inside, rounded / step - x / step, rounded / step)  # of each value to the step
+    assert 0.02 < float((~inside).float().mean()) < 0.5
+    torch.testing.assert_close(x.grad[~ends], (upstream * inside)[~ends])
+    assert (x.grad[ends] != 0).any()
+    if symmetric:  # to the end that is farther away
+        upper = high >= -low
+        of_step = (upstream * slope).sum(-1, keepdim=True) / 7.5
+        own = torch.stack((-(x.amin(-1, keepdim=True) * ~upper), x.amax(-1, keepdim=True) * upper))
+        torch.testing.assert_close(clip.grad, (own * of_step).sum((1, 2)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_fixed_input_may_have_a_clip_that_learns():
+    clip = torch.tensor([0.9, 0.9], requires_grad=True)
+    x = inputs(5)
+    scheme = ActivationScheme(bits=3)
+    optimiser = torch.optim.Adam([clip], lr=0.02)
+    losses = []
+    for _ in range(40):
+        optimiser.zero_grad()
+        loss = (reference.fake_quantize(x, scheme, clip=clip) - x).square().mean()
+        loss.backward()
+        losses.append(float(loss.detach()))
+        optimiser.step()
+    assert losses[-1] < 0.9 * losses[0]
+
+
 def test_inference_mode_leaves_the_scratch_usable():
     reference._scratch.buffers.clear()
     linear, _ = make("W4A16G64", torch.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ ONLINE = {
     "both": {"input_scale": True, "input_shift": True}, "hadamard": {"input_op": "hadamard", "input_scale": True},
     "kronecker": {"input_op": "kronecker", "input_left": 8}, "dense": {"input_op": "dense"},
 }  # fmt: skip
+CLIPPED = [scheme for scheme in SCHEMES if "TS" not in scheme and "A16" not in scheme]
 WIDTH = 88  # five groups of 16 and a short one
 
 
@@ -83,6 +85,20 @@ def test_equals_the_packed_block(scheme, settings):
         simulate_inputs(dense, dict.fromkeys("qkvo", layer), inputs, ExpertNames())
         assert torch.equal(dense(tokens()), packed.float()(tokens()))
         assert torch.equal(dense(tokens()), plain) == (scheme == "W4A16G64" and not settings)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", CLIPPED)
+def test_clipped_inputs_equal_those_of_the_packed_block(scheme):
+    layer = layer_format(scheme, input_clip=True, input_op="hadamard")
+    for dtype in (torch.float32, torch.bfloat16):
+        dense, packed, inputs = pair(layer, dtype)
+        unclipped = {name: replace(own, clip=None) for name, own in inputs.items()}
+        whole, _, _ = pair(layer, dtype)
+        simulate_inputs(dense, dict.fromkeys("qkvo", layer), inputs, ExpertNames())
+        simulate_inputs(whole, dict.fromkeys("qkvo", layer), unclipped, ExpertNames())
+        assert torch.equal(dense(tokens()), packed.float()(tokens()))
+        assert not torch.equal(dense(tokens()), whole(tokens()))
 
 
 def test_readers_share_an_input_only_where_they_rotate_it_alike():
@@ -245,6 +261,8 @@ def test_statistics_are_those_of_the_rounded_input_once_per_tensor(tiny, name, s
         ("qwen3_moe", "W8A8TS", {"input_scale": True}),
         ("mixtral", "W4A4Z", {"input_shift": True}),
         ("llama", "W4A4", {"input_op": "hadamard"}),
+        ("llama", "W4A4Z", {"input_clip": True}),
+        ("qwen3_moe", "W4A4B16", {"input_op": "kronecker", "input_left": 8, "input_clip": True}),
         ("qwen3_moe", "W4A8", {"input_op": "kronecker", "input_left": 8, "input_scale": True}),
     ],
 )

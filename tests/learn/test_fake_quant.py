@@ -11,7 +11,8 @@ from looked import gaussian, weights_of
 from torch import Tensor, nn
 
 from quantkit.blockwise import _limited
-from quantkit.kernels.reference import fake_quantize
+from quantkit.formats.layer import LayerInputs
+from quantkit.kernels.reference import fake_quantize, transform_input
 from quantkit.learn.fake_quant import Clip, InputRounding, reach, round_weight, search_factors
 from quantkit.quantizers import rtn
 from quantkit.quantizers.grid import group_count
@@ -159,6 +160,22 @@ def test_inputs_are_changed_rounded_and_shared() -> None:
     hook.forget()
     assert torch.equal(hook(nn.Identity(), (x,))[0], fake_quantize(x, activations))
     assert InputRounding(None)(nn.Identity(), (x,))[0] is x
+
+
+def test_a_matrix_and_a_clip_of_inputs() -> None:
+    """Behind scale and shift, as at run time, also where products are done in bfloat16."""
+    activations = Scheme.parse("W4A4Z").activations
+    assert activations is not None
+    hook = InputRounding(activations)
+    x, t = gaussian(3, 7, 24, seed=1), gaussian(24, seed=2).exp()
+    hook.scale, hook.clip = t, torch.tensor([0.7, 0.9])
+    hook.op = LayerInputs(left=gaussian(4, 4, seed=3), right=gaussian(6, 6, seed=4))
+    stored = LayerInputs(scale=t, left=hook.op.left, right=hook.op.right, clip=hook.clip)
+    want = transform_input(x, stored, activations)
+    assert torch.equal(hook(nn.Identity(), (x,))[0], want)
+    hook.forget()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(hook(nn.Identity(), (x,))[0], want)
 
 
 def test_gradients_pass_the_rounding_of_inputs() -> None:

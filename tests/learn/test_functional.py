@@ -11,7 +11,7 @@ from folded import Folded, normal, signal_width
 from tiny_models import TINY
 from torch import Tensor
 
-from quantkit.learn.functional import fold_query_key, fold_site
+from quantkit.learn.functional import fold_matrix, fold_query_key, fold_site
 from quantkit.models.block import QueryKey, Site
 from quantkit.transforms import fold
 
@@ -32,6 +32,10 @@ def test_as_in_place(name: str, tiny: Callable[..., Path]) -> None:
         fold.apply_scale(block, site, t, linears)
         if z is not None:
             fold.apply_shift(block, site, z * t)
+        if site.head_dim:
+            matrix = normal(width // site.head_dim, site.head_dim, site.head_dim, seed=10 * number + 2)
+            fold_matrix(tensors, site, matrix, torch.linalg.inv(matrix).mT)
+            fold.apply_matrix(block, site, matrix)
     assert block.query_key is not None
     t = model.factor(block.query_key.width, 5)
     fold_query_key(tensors, block.query_key, t)

@@ -67,6 +67,29 @@ def test_it_stops_once_nothing_gets_better() -> None:
     assert len(Line().train(lr=100.0, epochs=50, patience=2).train) == 2
 
 
+def test_patience_counts_once_everything_learns() -> None:
+    """The parameter that matters is let in on the learning in the third epoch."""
+    line, told = Line(), []
+
+    def fix() -> Losses:
+        rows = line.w if len(told) > 2 else 0 * line.w
+        return lambda samples: (line.x[list(samples)] @ rows - line.y[list(samples)]).square()
+
+    def begin_epoch(epoch: int, epochs: int) -> bool:
+        told.append((epoch, epochs))
+        return epoch >= 2
+
+    settings = LoopOptions(**(QUIET | {"epochs": 9, "patience": 1}))
+    curve = train([Group("w", [line.w], 0.1)], fix, range(32), range(32, 40), settings, 0, begin_epoch)
+    assert told == [(epoch, 9) for epoch in range(9)]
+    assert curve.holdout[0] == curve.holdout[1] == curve.holdout[2]  # two epochs without a better result
+    assert curve.best_epoch == 9
+    told.clear()
+    stuck = train([Group("w", [line.w], 1e3)], fix, range(32), range(32, 40), settings, 0, begin_epoch)
+    assert stuck.best_epoch == 0
+    assert len(told) == 3
+
+
 def test_the_same_seed_does_the_same() -> None:
     results = []
     for seed in (0, 0, 1):

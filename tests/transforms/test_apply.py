@@ -164,6 +164,63 @@ def test_matrices_that_cannot_be_undone_are_left_out_with_a_warning(tiny, soluti
     assert warnings[0].endswith(f": one found {problem}; nothing is transformed there.")
 
 
+def test_clips_are_kept_as_stored_and_given_up_where_the_input_changes(tiny):
+    model = Opened(tiny("llama"))
+    block = model.skeleton.read_block(0, model.checkpoint)
+    warnings: list[str] = []
+    state = Transformed(block, model.linears(0), torch.bfloat16, warnings.append)
+    names = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+    state.apply("one", Solution(clips=dict.fromkeys(names, torch.tensor([0.71, 0.9]))))
+    assert torch.equal(state.inputs["mlp.up_proj"].clip, torch.tensor([0.71, 0.9]).bfloat16())
+    own = Solution(
+        {"attention.input": SiteChange(scale=normal(64, 1).exp())},
+        matrices={"attention.value": torch.eye(16)},
+        ops={"mlp.up_proj": random_op(64, 0, 1)},
+        clips={"mlp.up_proj": torch.tensor([0.5, 0.5])},
+    )
+    state.apply("two", own)
+    held = {name: inputs.clip for name, inputs in state.inputs.items() if inputs.clip is not None}
+    assert held.keys() == {"mlp.up_proj", "mlp.down_proj"}
+    assert float(held["mlp.up_proj"][0]) == 0.5
+    place = "model.layers.0.mlp.up_proj and 2 more"
+    assert warnings == [f"{place}: clips of inputs are given up where these were transformed again."]
+
+
+def test_what_was_found_behind_a_matrix_goes_with_it(tiny):
+    """It was found for another basis."""
+    model = Opened(tiny("llama"))
+    block, source = (model.skeleton.read_block(0, model.checkpoint) for _ in range(2))
+    warnings: list[str] = []
+    state = Transformed(block, model.linears(0), torch.float32, warnings.append)
+    clip, limit = torch.tensor([0.5, 0.5]), torch.ones(1, 1)
+    t = normal(104, 1).exp()
+    solution = Solution(
+        {"mlp.hidden": SiteChange(scale=t)},
+        ops={"mlp.down_proj": LayerInputs(left=torch.full((8, 8), torch.nan), right=torch.eye(13))},
+        clips={"mlp.down_proj": clip, "mlp.up_proj": clip},
+        limits={"mlp.down_proj": (-limit, limit), "mlp.up_proj": (-limit, limit)},
+    )
+    state.apply("one", solution)
+    assert set(state.limits) == set(state.inputs) == {"mlp.up_proj"}
+    assert len(warnings) == 1
+    torch.testing.assert_close(block.weight("mlp.down_proj") * t, source.weight("mlp.down_proj"))  # c stays, undone
+    torch.testing.assert_close(block.weight("mlp.up_proj") / t[:, None], source.weight("mlp.up_proj"))
+
+
+@pytest.mark.parametrize("clip", [[0.0, 0.5], [0.5, 1.01], [torch.nan, 0.5]], ids=str)
+def test_shares_that_are_none_are_left_out_with_a_warning(tiny, clip):
+    model = Opened(tiny("llama"))
+    warnings: list[str] = []
+    block = model.skeleton.read_block(0, model.checkpoint)
+    state = Transformed(block, model.linears(0), torch.float32, warnings.append)
+    state.apply("one", Solution(clips={"mlp.up_proj": torch.tensor(clip)}))
+    assert not state.inputs
+    assert warnings == [
+        "model.layers.0.mlp.up_proj: one found shares of a range that are not above 0 and at most 1; nothing is "
+        "clipped there."
+    ]
+
+
 def test_limits_of_weights_that_are_rotated_are_given_up(tiny):
     model = Opened(tiny("llama"))
     block = model.skeleton.read_block(0, model.checkpoint)

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from looked import CALIBRATION, Looked, check_reload, facts_of, looking, save_source
-from safetensors.torch import load_file
+from looked import CALIBRATION, check_reload, facts_of, save_source
+from taught import check_resumed, scatter, taught
 from tiny_models import TINY
-from torch import Tensor, nn
 
 import quantkit
-from quantkit.blockwise import _limited
-from quantkit.formats import writer
-from quantkit.formats.layer import LayerFormat
-from quantkit.layers.simulate import simulate_inputs
 from quantkit.learn import block, loop
-from quantkit.quantizers import rtn
-from quantkit.transforms import omniquant
 from quantkit.transforms.apply import Transformed
-from quantkit.transforms.interface import Observed, Solution
+from quantkit.transforms.interface import Solution
 
 Source = Callable[[str], Path]
-QUICK: dict[str, Any] = {"epochs": 2, "target": "quantised", "holdout": 0.25}
 
 
 @pytest.fixture(scope="module")
@@ -38,65 +29,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return lambda name: save_source(name, root)
 
 
-@dataclass
-class Taught:
-    """Block 0 of a tiny model, with a lesson about it."""
-
-    looked: Looked
-    scheme: str
-
-    def solve(self, **options: Any) -> Solution:
-        return omniquant.solve(self.looked.situation, omniquant.Config(**(QUICK | options)))
-
-    def carry_out(self, solution: Solution) -> nn.Module:
-        """The block as a run stores it: solution applied, weights limited and rounded, inputs rounded."""
-        looked, block = self.looked, self.looked.block
-        state = looked.apply(solution)
-        formats = {}
-        for name in looked.linears:
-            scheme = looked.situation.weights_of(name)
-            formats[name] = LayerFormat(weights=scheme, activations=looked.situation.scheme.activations)
-            weight = _limited(block.weight(name), state, name, formats[name])
-            quantised = rtn.quantize(weight, scheme, torch.float32, rtn.Config())
-            block.tensors[f"{name}.weight"] = quantised.dequantize()
-        module = looked.module_of(None)
-        simulate_inputs(module, formats, state.inputs, looked.session._experts)
-        return module
-
-    def loss(self, module: nn.Module, target: Tensor, samples: list[int]) -> float:
-        """Squared error of the tokens behind the first, over the mean variance of the target's channels."""
-        states = self.looked.session.outputs(module)
-        output = torch.cat([states.batch(number) for number in range(self.looked.session.streams.batches)])
-        variance = target[:, 1:].var(dim=1).mean()
-        return float((output - target)[samples, 1:].square().mean() / variance)
-
-
-@contextmanager
-def taught(folder: Path, scheme: str) -> Iterator[Taught]:
-    with looking(folder, scheme) as looked:
-        module, block = looked.module_of(None), looked.block
-        readers = list(dict.fromkeys([name for site in block.sites for name in site.consumers] + looked.linears))
-        statistics = looked.session.observe(module, readers, ("range", "rows"))
-        session = looked.session
-        observed = Observed(statistics, session.replays(module, looked.linears), session.lessons(module, readers))
-        looked.situation = replace(looked.situation, observed=observed)
-        yield Taught(looked, scheme)
-
-
 # --- one block -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_whatever_is_learned_leaves_the_function(source: Source, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Every number is drawn at random behind the last step."""
-
-    def scatter(groups: Any, *rest: Any) -> loop.Curve:
-        generator = torch.Generator().manual_seed(0)
-        for group in groups:
-            for parameter in group.parameters:
-                parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator)
-        return loop.Curve(holdout=[0.0])
-
     monkeypatch.setattr(block, "train", scatter)
     with taught(source(name), "W4A4") as lesson:
         looked = lesson.looked
@@ -275,20 +212,5 @@ def test_other_methods_before_and_behind(source: Source, tmp_path: Path) -> None
 def test_a_stopped_run_goes_on_to_the_same_bytes(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request: dict[str, Any] = {"recipe": {"scheme": "W4A4", "steps": steps("rtn")}, "calibration": SAMPLES}
-    quantkit.quantize(str(source("opt")), output=tmp_path / "whole", **request)
-
-    def stop_at_the_second_block(self: Any, key: str, *rest: Any) -> None:
-        if key == "block 1":
-            raise KeyboardInterrupt
-        write(self, key, *rest)
-
-    write = writer.CheckpointWriter.write_shard
-    monkeypatch.setattr(writer.CheckpointWriter, "write_shard", stop_at_the_second_block)
-    with pytest.raises(KeyboardInterrupt):
-        quantkit.quantize(str(source("opt")), output=tmp_path / "stopped", **request)
-    monkeypatch.undo()
-    quantkit.quantize(str(source("opt")), output=tmp_path / "stopped", resume=True, **request)
-    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    recipe = {"scheme": "W4A4", "steps": steps("rtn")}
+    check_resumed(source("opt"), tmp_path, monkeypatch, recipe=recipe, calibration=SAMPLES)

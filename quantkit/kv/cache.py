@@ -1,0 +1,253 @@
+"""Caches of transformers whose layers keep keys and values quantised.
+
+``QuantisedLayer`` takes the place of transformers' ``DynamicLayer`` and ``DynamicSlidingWindowLayer`` in any ``Cache``.
+What it is given is encoded once and never again; what it returns, the tokens of the current call included, is read back
+from what it holds: attention sees what is stored, whether a sequence comes whole, in chunks or token by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from quantkit.errors import QuantkitError
+from quantkit.kv.interface import LayerKV, Store
+
+
+class QuantisedLayer(CacheLayerMixin):
+    """Keys and values of one layer.
+
+    Args:
+        kv: how they are kept.
+        window: tokens that a query sees, itself included: older ones are dropped; None: all.
+    """
+
+    is_croppable = True
+    supports_early_init = False  # nothing is known about what a store needs before it is given something
+
+    def __init__(self, kv: LayerKV, window: int | None = None) -> None:
+        super().__init__()
+        self.kv = kv
+        self.window = window
+        self.is_sliding = window is not None
+        self.record_past = False
+        self._keys: Store
+        self._values: Store
+        self._seen: int
+        self._restart()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take in keys and values of ``n`` tokens, both [batch, heads, n, head_dim] (of their own size each).
+
+        Returns:
+            Keys and values of all tokens that the ``n`` may see, as they are stored, in the dtype they came in.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        transform = self.kv.transform
+        keys = self._keys.append(key_states if transform is None else transform.apply(key_states))
+        keys = keys if transform is None else transform.undo(keys)
+        values = self._values.append(value_states)
+        new = key_states.shape[-2]
+        self._seen += new
+        if self.window is not None:
+            visible = self.window - 1 + new  # as the mask was told; a store may hold more
+            keys, values = keys[:, :, -visible:], values[:, :, -visible:]
+            if not self.record_past:
+                self._drop_unseen()
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(tokens that the next ``update`` returns, number of the first of them)"""
+        offset = 0 if self.window is None else max(self._seen - self.window + 1, 0)
+        return self._seen - offset + query_length, offset
+
+    def get_seq_length(self) -> int:
+        return self._seen
+
+    def get_max_length(self) -> int:
+        return -1 if self.window is None else self.window
+
+    def reset(self) -> None:
+        self._restart()
+        self.is_initialized = False
+
+    def activate_past_recording(self) -> None:
+        """Keep what leaves the window until the next ``crop``, which may take it back."""
+        self.record_past = self.window is not None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens.
+
+        Raises:
+            ValueError: the number is positive.
+            RuntimeError: tokens have left the window for good (no ``activate_past_recording``).
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        if tokens_to_remove and self.window is not None and self._seen >= self.window and not self.record_past:
+            raise RuntimeError(
+                "crop: tokens before those to remove have left the window; call activate_past_recording() on the cache "
+                "before they are generated"
+            )
+        if tokens_to_remove:
+            for store in (self._keys, self._values):
+                store.keep(0, max(0, store.length + tokens_to_remove))
+            self._seen = max(0, self._seen + tokens_to_remove)
+        self._drop_unseen()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._change(lambda part: part.index_select(0, beam_idx.to(part.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._change(lambda part: part.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._change(lambda part: part[indices.to(part.device)])
+
+    def offload(self) -> None:
+        self._change(lambda part: part.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._change(lambda part: part.to(self.device, non_blocking=True))
+
+    @property
+    def elements(self) -> int:
+        """Numbers that the held tokens stand for."""
+        return self._keys.elements + self._values.elements
+
+    def tensors(self) -> Iterable[Tensor]:
+        """Everything that the layer keeps alive."""
+        yield from self._keys.tensors()
+        yield from self._values.tensors()
+        if self.kv.transform is not None:
+            yield from self.kv.transform.tensors()
+
+    def _restart(self) -> None:
+        self._keys, self._values = self.kv.keys.store(), self.kv.values.store()
+        self._seen = 0
+
+    def _drop_unseen(self) -> None:
+        """Tokens that no later query sees."""
+        for store in (self._keys, self._values):
+            surplus = 0 if self.window is None else store.length - (self.window - 1)
+            if surplus > 0:
+                store.keep(surplus, store.length)
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._keys.change(change)
+        self._values.change(change)
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """What a cache takes."""
+
+    bytes: int
+    """Of the storage of every tensor that it keeps alive."""
+    elements: int
+    """Keys and values that it stands for: 2 * layers * batch * heads * tokens * head_dim, if all layers keep all."""
+
+    @property
+    def bits_per_element(self) -> float:
+        return 8 * self.bytes / self.elements if self.elements else 0.0
+
+    @property
+    def times_smaller(self) -> float:
+        """Than the same keys and values in bfloat16."""
+        return 2 * self.elements / self.bytes if self.bytes else 0.0
+
+    def describe(self) -> dict[str, float]:
+        """As JSON."""
+        return asdict(self) | {"bits_per_element": self.bits_per_element, "times_smaller": self.times_smaller}
+
+
+class KVCache(Cache):
+    """One layer for each of the model's, in transformers' own order."""
+
+    def memory_report(self) -> MemoryReport:
+        return memory_report(self)
+
+
+class RoundingCache(Cache):
+    """Stands for a cache in a forward without one: the layer's keys and values are rounded, and nothing is kept."""
+
+    def __init__(self, kv: LayerKV) -> None:
+        super().__init__(layers=[])
+        self.kv = kv
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return self.kv.round(key_states, value_states)
+
+
+def new_cache(config: PreTrainedConfig, layers: dict[int, LayerKV]) -> KVCache:
+    """A cache for a model of ``config``, empty; layers without an entry are kept as transformers keeps them."""
+    cache = DynamicCache(config=config)
+    for index, kv in layers.items():
+        use_quantised_layer(cache, index, kv)
+    return KVCache(layers=cache.layers)
+
+
+def use_quantised_layer(cache: Cache, index: int, kv: LayerKV) -> None:
+    """See to it that layer ``index`` of ``cache`` keeps its keys and values quantised.
+
+    An empty layer of a ``DynamicCache`` is replaced by one that keeps them as ``kv`` says; a ``QuantisedLayer`` stays.
+    The cache remains the object that it is, so whoever holds it goes on with it.
+
+    Raises:
+        QuantkitError: the layer is of another kind, or holds keys in full precision.
+    """
+    if isinstance(cache, RoundingCache):
+        return
+    while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer: Any = cache.layers[index]
+    if isinstance(layer, QuantisedLayer):
+        return
+    tokens = layer.get_seq_length() if can_be_replaced(layer) else 0
+    if tokens or not can_be_replaced(layer):
+        content = f" with {tokens} tokens in full precision" if tokens else ""
+        raise QuantkitError(
+            f"the keys and values of this model are quantised, but the cache it was given holds layer {index} in a "
+            f"{type(layer).__name__}{content}; pass past_key_values=quantkit.kv_cache(model), an empty DynamicCache, "
+            "or none."
+        )
+    quantised = QuantisedLayer(kv, getattr(layer, "sliding_window", None))
+    if getattr(layer, "record_past", False):
+        quantised.activate_past_recording()
+    cache.layers[index] = quantised
+
+
+def can_be_replaced(layer: Any) -> bool:
+    """Does a ``QuantisedLayer`` do all that ``layer`` does? Subclasses keep more than keys and values."""
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def memory_report(cache: Cache) -> MemoryReport:
+    """What ``cache`` takes; keys and values in full precision count, too."""
+    storages: dict[int, int] = {}
+    elements = 0
+    layer: Any
+    for layer in cache.layers:
+        if isinstance(layer, QuantisedLayer):
+            tensors, count = list(layer.tensors()), layer.elements
+        else:
+            tensors = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
+            count = sum(tensor.numel() for tensor in tensors)
+        elements += count
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return MemoryReport(sum(storages.values()), elements)

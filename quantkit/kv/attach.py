@@ -51,9 +51,9 @@ def attentions(model: nn.Module) -> list[Attention]:
     found = []
     for path, module in model.named_modules():
         layer = getattr(module, "layer_idx", None)
-        names = list(inspect.signature(module.forward).parameters)
+        names = list(inspect.signature(module.forward).parameters) if isinstance(layer, int) else []
         argument = next((name for name in _ARGUMENTS if name in names), None)
-        if isinstance(layer, int) and argument:
+        if isinstance(layer, int) and argument is not None:
             found.append(Attention(path, module, layer, argument, names.index(argument)))
     # Some blocks know their number, too, and pass the cache on.
     return [one for one in found if not any(other.path.startswith(f"{one.path}.") for other in found)]

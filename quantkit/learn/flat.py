@@ -85,7 +85,7 @@ class PlaceParameters:
     left: Matrix | None = None
     """[1, a, a]; None: there is no matrix."""
     right: Matrix | None = None
-    """[1, b, b]; None: the identity, where ``value`` could be anything within heads."""
+    """[1, b, b]; None: the identity, where ``value`` does all that can be done within heads."""
     value: Matrix | None = None
     """[kv_heads, head_dim, head_dim], folded into v and o."""
     shares: nn.Parameter | None = None
@@ -187,6 +187,8 @@ class FlatBlock:
             both = {site.producer, *site.consumers}
             if both <= set(self._situation.linears) and not self._touched & set(site.consumers):
                 own.value = matrix(site.head_dim, width // site.repeats // site.head_dim)
+            elif left > 1:
+                own.right = matrix(site.head_dim)
             own.left = matrix(left) if left > 1 else None
         elif left > 1:
             own.left, own.right = matrix(left), matrix(width // left)
@@ -194,7 +196,7 @@ class FlatBlock:
             self._situation.note(f"flatquant: {place.label} has {width} channels, a prime: they are scaled, not mixed.")
 
     def _scale_of(self, site: Site) -> Change:
-        """c to start with, its geometric mean 1."""
+        """c to start with; half of the channels have more than 1."""
         config = self._config
         names = [name for name in site.consumers if name in self._situation.linears]
         weights = [self._base[f"{name}.weight"] for name in names]
@@ -208,7 +210,7 @@ class FlatBlock:
             found = smoothing_scale(seen.absmax, own, config.alpha).reciprocal()
         else:
             found = torch.ones(weights[0].shape[1])
-        found = (found / found.log().mean().exp()).clamp(1 / _LARGEST, _LARGEST)
+        found = (found / found.median()).clamp(1 / _LARGEST, _LARGEST)
         free = torch.ones(len(found), dtype=torch.bool)
         if site.kind == "norm":  # a gain of 0 has no scale
             free = self._base[f"{site.producer}.weight"] + site.norm_offset != 0

@@ -72,7 +72,7 @@ def learn_rotation(
                     loss = float(_loss(tests, matrix.float(), activations))
                 if loss < least:
                     best, least = matrix, loss
-    return Learned(best.contiguous(), before, least)
+        return Learned(best.contiguous(), before, least)
 
 
 def _gradient(batch: Tensor, matrix: Tensor, activations: ActivationScheme) -> Tensor:

@@ -3,9 +3,9 @@
     y = W @ x   becomes   y = (W @ R.T) @ (R @ x)        R = H @ diag(signs) / sqrt(n), H a Hadamard matrix, signs +-1
 
 R is orthogonal and its entries have one size, so an outlier of one channel is spread evenly over all of them, and so is
-one in a row of W. Nothing is learned and no data is needed. Inputs are rotated at run time in front of each quantised
-linear; what else reads them (routers, the residual) sees them as they were, so norms need not be folded. Values are
-rotated within their heads at no cost, by matrices in v and o: attention only sums them.
+one in a row of W. Unless asked for, nothing is learned and no data is needed. Inputs are rotated at run time in front
+of each quantised linear; what else reads them (routers, the residual) sees them as they were, so norms need not be
+folded. Values are rotated within their heads at no cost, by matrices in v and o: attention only sums them.
 
 What reads the residual stream can have it for nothing, too: ``residual`` rotates the stream of the whole model once,
 in the weights (``residual.py``), before this or any other step sees a block. attention.input and mlp.input are then
@@ -55,7 +55,6 @@ class Config(BaseModel, frozen=True, extra="forbid"):
         "attention.input and mlp.input at run time; auto: where sites name both, no transform comes before and the "
         "model allows it without untying its embeddings; always: or refuse",
     )
-
     learn_steps: int = Field(
         0,
         ge=0,

@@ -17,7 +17,7 @@ FORMATS = [
     layer_format("W4A4ZB32", input_shift=True),
     layer_format("W6A6ZTSG64", input_scale=True, input_shift=True),
     layer_format("W4A4", input_op="hadamard"),
-    layer_format("W4A4", input_op="kronecker", input_left=64),
+    layer_format("W4A4", input_op="kronecker", input_left=64, input_clip=True),
 ]
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.experts.0.up_proj", "mlp.experts.1.up_proj", "mlp.gate_proj")
 

@@ -28,6 +28,7 @@ def test_what_is_portable(scheme):
         (layer_format("W4A16G96"), "256 input columns, no multiple of the group size 96"),
         (layer_format("W8A8", input_shift=True), "adds a stored vector"),
         (layer_format("W8A8", input_op="hadamard"), "multiplies its input by a matrix (hadamard), which only quantkit"),
+        (layer_format("W8A8", input_clip=True), "cuts off a stored share of its input's range, which only quantkit"),
         (layer_format("W4A8TS"), "static activation scales, which vLLM runs only with 8-bit weights per channel"),
         (layer_format("W8A6TS"), "static activation scales"),
         (layer_format("W8A8TSG64"), "static activation scales"),

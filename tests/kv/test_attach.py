@@ -232,7 +232,7 @@ def test_a_model_in_16_bits_generates_in_16_bits():
     quantise_kv(model, KV4)
     done = model.generate(ids_of(), max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
     report = memory_report(done.past_key_values)
-    assert report.bits_per_element == pytest.approx(4 + 24 / 32, rel=0.01)  # head_dim 32; signs are the rest
+    assert report.bits_per_element == pytest.approx(4 + 24 / 32, rel=0.02)  # head_dim 32; signs are the rest
     with torch.no_grad():
         assert model(ids_of()).logits.dtype == torch.bfloat16
 

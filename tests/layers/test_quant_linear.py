@@ -34,6 +34,8 @@ def test_says_what_it_is():
     text = repr(QuantLinear(64, 8, False, layer_format("W4A8", input_scale=True), torch.float32))
     assert text.startswith("QuantLinear(64, 8, bias=False, 4 bits, group_size=-1, symmetric=True, ")
     assert text.endswith("activations=8 bits per token, input_scale)")
+    clipped = layer_format("W4A8", input_clip=True)
+    assert repr(QuantLinear(64, 8, False, clipped, torch.float32)).endswith("8 bits per token, input_clip)")
     rotated = layer_format("W4A8", input_shift=True, input_op="hadamard")
     assert repr(QuantLinear(64, 8, False, rotated, torch.float32)).endswith(", input_shift, input_op=hadamard)")
     static = layer_format("W4A6ZTS", input_shift=True)

@@ -331,6 +331,8 @@ def test_unknown_matrices(tmp_path: Path) -> None:
     assert table is not None
     extra.skeleton.architecture = replace(table, residual=residual.Residual(writers=("self_attn.o_proj",)))
     assert "model.layers.0.mlp.down_proj.weight has to do" in obstacle(extra.skeleton, extra.checkpoint)
+    extra.skeleton.architecture = None
+    assert "is not in quantkit's architecture tables" in obstacle(extra.skeleton, extra.checkpoint)
 
 
 def test_a_gemma_norm_becomes_one() -> None:

@@ -233,6 +233,22 @@ def test_training_beats_rounding_and_fixed_rotations(outliers: Path) -> None:
     assert losses["learned"] < 0.9 * losses["start"]
 
 
+def test_training_that_runs_away_leaves_a_sound_block(source: Source) -> None:
+    with taught(source("llama"), "W4A4") as lesson:
+        solution = solve(lesson, lr=30.0, lr_clip=30.0, epochs=4)
+        fact = solution.facts[0]
+        assert fact["loss"] <= fact["loss_before"]
+        assert fact["learning"]["best_epoch"] == 0 or fact["learning"]["halvings"]
+        lesson.looked.apply(solution)
+
+
+def test_products_in_bfloat16(outliers: Path) -> None:
+    with taught(outliers, "W4A4") as lesson:
+        fact = solve(lesson, autocast=True, epochs=6, patience=6).facts[0]
+    assert fact["learning"]["skipped_steps"] == 0
+    assert fact["loss"] < 0.1 * fact["loss_before"]
+
+
 def test_the_same_seed_learns_the_same(source: Source) -> None:
     found = []
     for seed in (0, 0, 1):

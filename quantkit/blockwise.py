@@ -159,8 +159,7 @@ class BlockQuantizer:
                 dense[local] = tensors[self._skeleton.checkpoint_name(prefix + local)]
         module = self._skeleton.build_block(index, dense, torch.float32)
         simulate_inputs(module, formats, inputs, self._skeleton.expert_names)
-        if self._plan.kv is not None:
-            quantise_kv(module, self._plan.kv)
+        self._round_kv(module)
         return module
 
     def kept_dtype(self, stored: torch.dtype) -> torch.dtype:
@@ -181,9 +180,14 @@ class BlockQuantizer:
         for name in state.inputs:
             changed.setdefault(name, LayerFormat(weights=self._format(state.block, name).weights))
         simulate_inputs(module, changed, state.inputs, self._skeleton.expert_names)
-        if formats is not None and self._plan.kv is not None:
-            quantise_kv(module, self._plan.kv)
+        if formats is not None:
+            self._round_kv(module)
         return module
+
+    def _round_kv(self, module: nn.Module) -> None:
+        """Make a block round its keys and values, if the plan says so."""
+        if self._plan.kv is not None:
+            quantise_kv(module, self._plan.kv)
 
     def _format(self, block: Block, name: str) -> LayerFormat:
         planned = self._plan.layer(block.prefix + name).format
@@ -244,7 +248,10 @@ class BlockQuantizer:
             observed = None
             if session and state.quantised and step.needs_data:
                 module, statistics = self._observe(state, session, step, readers, None)
-                replays, lessons = session.replays(module, state.quantised), session.lessons(module, readers)
+                replays, lessons = (
+                    session.replays(module, state.quantised),
+                    session.lessons(module, readers, self._round_kv),
+                )
                 observed = Observed(statistics, replays, lessons)
             situation = Situation(
                 block=block,

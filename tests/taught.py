@@ -83,7 +83,9 @@ def taught(folder: Path, scheme: str, method: ModuleType = omniquant) -> Iterato
         readers = list(dict.fromkeys([name for site in block.sites for name in site.consumers] + looked.linears))
         statistics = looked.session.observe(module, readers, ("range", "rows"))
         session = looked.session
-        observed = Observed(statistics, session.replays(module, looked.linears), session.lessons(module, readers))
+        observed = Observed(
+            statistics, session.replays(module, looked.linears), session.lessons(module, readers, lambda _: None)
+        )
         looked.situation = replace(looked.situation, observed=observed)
         yield Taught(looked, scheme, method)
 

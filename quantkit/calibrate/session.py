@@ -110,13 +110,16 @@ class Session:
             states.replace(number, self.streams.run(stream, number, module))
         return states
 
-    def lessons(self, module: nn.Module, names: Collection[str]) -> Callable[[Sequence[StreamName]], Lesson]:
+    def lessons(
+        self, module: nn.Module, names: Collection[str], prepare: Callable[[nn.Module], None]
+    ) -> Callable[[Sequence[StreamName]], Lesson]:
         """A function that gives the ``Lesson`` about ``module``, the current block, whose targets are the mean of what
         it makes of the given streams.
 
         Args:
             module: its merged experts are taken apart if one of them is in ``names``; only when a lesson is asked for.
             names: paths of modules that other weights may be tried in.
+            prepare: called with ``module`` once there are targets: makes it round what is not learned.
         """
 
         def lesson(streams: Sequence[StreamName]) -> Lesson:
@@ -126,6 +129,7 @@ class Session:
                 targets.replace(number, torch.stack(outputs).mean(0) if len(outputs) > 1 else outputs[0])
             split_experts(module, names, self._experts)
             usable_in_autograd(module)
+            prepare(module)
             return Lesson(module, self.streams, targets)
 
         return lesson

@@ -38,7 +38,7 @@ class Lesson:
 
     module: nn.Module
     """The block as the transforms before left it, dense, float32, merged experts taken apart, no inference
-    tensors in it. To be left as it is."""
+    tensors in it. It rounds keys and values, if the run does. To be left as it is."""
     streams: Streams
     """Standing before the block; ``quantised`` is what will enter it."""
     targets: HiddenStates

@@ -198,6 +198,26 @@ def test_nothing_is_concluded_from_few_tokens(source: Source, monkeypatch: pytes
         assert not any(group.parameters for group in flat_block(lesson).groups())
 
 
+def test_ranges_have_gradients_without_clips_of_their_own(source: Source) -> None:
+    """Else nothing would draw the matrices to inputs that are easier to round."""
+    with taught(source("llama"), "W4A4", flatquant) as lesson:
+        learned = flat_block(lesson, activation_clip=False)
+        learned.tensors()
+        hook = learned.inputs["mlp.up_proj"]
+        assert hook.clip is not None
+        assert torch.equal(hook.clip, torch.ones(2))
+        assert not learned.solution({}).clips
+        x = torch.zeros(1, 64).requires_grad_()
+        with torch.no_grad():
+            x[0, 3], x[0, 9] = 2.0, 0.9
+        hook.op = type(hook.op)()
+        hook.scale = None
+        out: Tensor = hook(nn.Identity(), (x,))[0]
+        out[0, 9].backward()
+        assert x.grad is not None
+        assert float(x.grad[0, 3]) != 0  # the largest value makes the step
+
+
 def test_gradients_reach_everything(source: Source) -> None:
     with taught(source("qwen3"), "W4A4", flatquant) as lesson:
         learned = flat_block(lesson)

@@ -123,7 +123,8 @@ _ROWS = (
         name="hadamard",
         kind="transform",
         module="quantkit.transforms.hadamard",
-        summary="rotate inputs by random-sign Hadamard matrices: no outlier is left to be rounded; runs at inference",
+        summary="rotate the residual stream and inputs by random-sign Hadamard matrices: no outlier is left; part of it "
+        "runs at inference",
         paper="Ashkboos et al., QuaRot, arXiv 2404.00456",
         needs="nothing",
         loads_in="quantkit",

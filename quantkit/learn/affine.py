@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from quantkit.formats.layer import LayerInputs
 from quantkit.learn.changes import FEWEST_ROWS, BlockChanges
 from quantkit.learn.fake_quant import InputRounding
-from quantkit.learn.functional import Tensors, fold_matrix
+from quantkit.learn.functional import Tensors, fold_matrix, transposed_inverse
 from quantkit.learn.loop import Group
 from quantkit.models.block import Site
 from quantkit.transforms.interface import Lesson, Observed, Situation, Solution
@@ -74,12 +74,6 @@ class Mixing(nn.Module):
         else:
             entries = entries * t.expand(self.entries.shape[:-1].numel()).unflatten(0, (len(entries), -1, 1))
         return entries + torch.eye(entries.shape[-1], dtype=entries.dtype)
-
-
-def transposed_inverse(undo: Tensor) -> Tensor:
-    """``undo`` [heads, width, width] ** -T: what row vectors are multiplied by; NaN where there is none."""
-    inverse, failed = torch.linalg.inv_ex(undo)
-    return inverse.mT.where((failed == 0)[:, None, None], math.nan)
 
 
 class AffineChanges(BlockChanges):

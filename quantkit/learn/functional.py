@@ -5,6 +5,8 @@ What is computed is what the fold leaves where nothing is rounded to a stored dt
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -61,6 +63,12 @@ def fold_query_key(tensors: Tensors, pair: QueryKey, t: Tensor) -> None:
     queries = keys.unflatten(0, (-1, 1, pair.head_dim)).expand(-1, pair.repeats, -1).flatten()
     _change_rows(tensors, pair.query, pair.query_rows, queries, pair.norm_offset)
     _change_rows(tensors, pair.key, pair.key_rows, keys.reciprocal(), pair.norm_offset)
+
+
+def transposed_inverse(undo: Tensor) -> Tensor:
+    """``undo`` [heads, n, n] ** -T: what row vectors are multiplied by; NaN where there is none."""
+    inverse, failed = torch.linalg.inv_ex(undo)
+    return inverse.mT.where((failed == 0)[:, None, None], math.nan)
 
 
 def _change_rows(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from quantkit.formats.layer import LayerInputs
 from quantkit.kernels.online import apply
-from quantkit.learn.affine import transposed_inverse
+from quantkit.learn.functional import transposed_inverse
 
 Parameterisation = Literal["direct", "svd"]
 Start = Literal["hadamard", "haar", "cayley"]

@@ -7,8 +7,8 @@ import torch
 from folded import normal
 from torch import Tensor
 
-from quantkit.learn.affine import Mixing, bandwidth, transposed_inverse
-from quantkit.learn.functional import fold_matrix
+from quantkit.learn.affine import Mixing, bandwidth
+from quantkit.learn.functional import fold_matrix, transposed_inverse
 from quantkit.models.block import Block, LinearInfo, Site
 from quantkit.transforms.apply import Transformed
 from quantkit.transforms.interface import Solution

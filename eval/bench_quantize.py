@@ -76,8 +76,17 @@ def write_random_llama(
 
 def run_quantize(source: Path, output: Path, method: str, scheme: str, flags: Sequence[str] = ()) -> dict[str, Any]:
     """``quantkit quantize`` in a process of its own: what ``--json`` prints, and seconds of each block."""
-    command = [sys.executable, "-m", "quantkit", "quantize", str(source), "-o", str(output)]
-    command += ["--method", method, "--scheme", scheme, "--overwrite", "--json", *flags]
+    return _run(source, output, ["--method", method, "--scheme", scheme, *flags])
+
+
+def run_recipe(source: Path, output: Path, recipe: Path) -> dict[str, Any]:
+    """As ``run_quantize``, with a recipe file."""
+    return _run(source, output, ["--recipe", str(recipe)])
+
+
+def _run(source: Path, output: Path, flags: Sequence[str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "quantkit", "quantize", str(source), "-o", str(output), "--overwrite", "--json"]
+    command += flags
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")

@@ -1,13 +1,18 @@
-"""``quantkit inspect``: what a quantised checkpoint holds, layer by layer."""
+"""``quantkit inspect``: what a quantised checkpoint holds, layer by layer, and what will run it."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quantkit.cli.console import print_json, size, table
+
+if TYPE_CHECKING:
+    from quantkit.formats.inspect import LayerReport
 
 EXAMPLES = """Examples:
 
@@ -16,7 +21,12 @@ quantkit inspect out
 quantkit inspect out --sort error --json
 
 quantkit inspect out --blocks
+
+quantkit inspect out --kernels
 """
+
+ROWS = (1, 16, 256)
+"""Rows of x that ``--kernels`` asks about: one token, a few, a prompt."""
 
 
 def inspect(
@@ -25,6 +35,10 @@ def inspect(
     blocks: Annotated[
         bool, typer.Option("--blocks", help="per block of the run instead: time, memory, losses")
     ] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="instead: which implementation runs each layer on this machine, and why")
+    ] = False,
+    device: Annotated[str, typer.Option(help="with --kernels: auto, cpu, cuda ...; auto: a GPU, else cpu")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
     """Per-layer table of a quantised checkpoint: scheme, bits per weight as stored, size, weight error."""
@@ -40,6 +54,9 @@ def inspect(
         layers.sort(key=lambda layer: -(layer.error or 0))
     elif sort == "size":
         layers.sort(key=lambda layer: -layer.stored_bytes)
+    if kernels:
+        _print_kernels(layers, device, as_json)
+        return
     if as_json:
         rows = [
             {
@@ -92,3 +109,44 @@ def inspect(
         print(f"keys and values in the cache: {report.kv.describe()}")
     for line in summarise(report.record):
         print(line)
+
+
+def _print_kernels(layers: Sequence[LayerReport], device: str, as_json: bool) -> None:
+    """For each layer the implementations for 1, 16 and 256 rows; then what was passed over, and why."""
+    import torch
+
+    from quantkit.cli.loaded import one_device
+    from quantkit.kernels.dispatch import explain
+    from quantkit.layers.quant_linear import QuantLinear
+
+    where = torch.device(one_device(device))
+    chosen: list[list[str]] = []
+    reasons: list[dict[str, str]] = []
+    for layer in layers:
+        empty = QuantLinear(layer.in_features, layer.out_features, False, layer.format, layer.dtype, device="meta")
+        found = [explain(empty, where, rows) for rows in ROWS]
+        chosen.append([row.name for row, _ in found])
+        # What takes the layer for one of these numbers of rows is no news as passed over for another.
+        reasons.append({n: why for _, against in found for n, why in against.items() if n not in chosen[-1]})
+    if as_json:
+        print_json(
+            {
+                "device": str(where),
+                "layers": [
+                    {"name": layer.name, "runs": dict(zip(map(str, ROWS), names, strict=True)), "passed_over": why}
+                    for layer, names, why in zip(layers, chosen, reasons, strict=True)
+                ],
+            }
+        )
+        return
+    table(
+        ["layer", "out x in", "stored as", *(f"{rows} row{'s' * (rows > 1)}" for rows in ROWS)],
+        [
+            [layer.name, f"{layer.out_features} x {layer.in_features}", layer.format.describe(), *names]
+            for layer, names in zip(layers, chosen, strict=True)
+        ],
+    )
+    passed_over = Counter((name, why) for layer in reasons for name, why in layer.items())
+    print(f"on {where}; passed over:")
+    for (name, why), count in passed_over.items():
+        print(f"  {name}: {why} ({count} of {len(layers)} layers)")

@@ -53,10 +53,23 @@ def _device_map(device: str) -> str | None:
 
     if device == "auto":
         return "auto" if torch.cuda.is_available() else None
+    return None if one_device(device) == "cpu" else device
+
+
+def one_device(device: str) -> str:
+    """The name of the device that ``device`` stands for; auto: the first GPU, else the CPU.
+
+    Raises:
+        RecipeError: no such device.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
         wanted = torch.device(device)
     except RuntimeError:
         raise RecipeError(f"--device '{device}' is no device; use auto, cpu, cuda or cuda:N.") from None
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         raise RecipeError(f"--device {device} is not here: torch sees {torch.cuda.device_count()} GPUs; use cpu.")
-    return None if wanted.type == "cpu" else device
+    return "cpu" if wanted.type == "cpu" else device

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 import quantkit
-from quantkit.cli import eval, generate, inspect, methods, quantize
+from quantkit.cli import bench, eval, generate, inspect, methods, quantize
 from quantkit.cli.console import say
 from quantkit.errors import QuantkitError
 
@@ -65,6 +65,7 @@ app.command("eval", epilog=eval.EXAMPLES)(eval.evaluate)
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command("methods", epilog=methods.EXAMPLES)(methods.methods)
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import QuantkitError
+from quantkit.formats.kv import LearnedKV
 from quantkit.formats.layer import LayerFormat, LayerInputs, from_tensors, input_tensors, stored_bytes, weight_tensors
 from quantkit.formats.quantized import QuantizedWeight
 from quantkit.kernels.online import restore
-from quantkit.kv.attach import quantise_kv
+from quantkit.kv.attach import attentions, quantise_kv, unlearned
 from quantkit.layers.simulate import simulate_inputs
 from quantkit.models.block import Block
 from quantkit.models.checkpoint import Checkpoint
@@ -107,6 +108,9 @@ class BlockQuantizer:
             stored = input_tensors(state.input_of(name), layer, columns, self._plan.scale_dtype)
             for suffix, tensor in stored.items():
                 result.tensors[self._skeleton.checkpoint_name(f"{block.prefix}{name}.{suffix}")] = tensor
+        for path, held in self._held_kv(block.index, state.kv).items():
+            for suffix, tensor in held.tensors().items():
+                result.tensors[self._skeleton.checkpoint_name(f"{block.prefix}{path}.{suffix}")] = tensor
         result.module = self._dense_module(state, formats)
         return result
 
@@ -159,7 +163,11 @@ class BlockQuantizer:
                 dense[local] = tensors[self._skeleton.checkpoint_name(prefix + local)]
         module = self._skeleton.build_block(index, dense, torch.float32)
         simulate_inputs(module, formats, inputs, self._skeleton.expert_names)
-        self._round_kv(module)
+        learned = {}
+        for path, held in self._held_kv(index, {}).items():
+            names = {suffix: self._skeleton.checkpoint_name(f"{prefix}{path}.{suffix}") for suffix in held.tensors()}
+            learned[path] = LearnedKV(**{suffix: tensors[name] for suffix, name in names.items()})
+        self._round_kv(module, index, learned)
         return module
 
     def kept_dtype(self, stored: torch.dtype) -> torch.dtype:
@@ -181,13 +189,21 @@ class BlockQuantizer:
             changed.setdefault(name, LayerFormat(weights=self._format(state.block, name).weights))
         simulate_inputs(module, changed, state.inputs, self._skeleton.expert_names)
         if formats is not None:
-            self._round_kv(module)
+            self._round_kv(module, state.block.index, state.kv)
         return module
 
-    def _round_kv(self, module: nn.Module) -> None:
-        """Make a block round its keys and values, if the plan says so."""
+    def _round_kv(self, module: nn.Module, index: int, learned: Mapping[str, LearnedKV]) -> None:
+        """Make a block round its keys and values, if the plan says so, by what was learned about them."""
         if self._plan.kv is not None:
-            quantise_kv(module, self._plan.kv)
+            quantise_kv(module, self._plan.kv, self._held_kv(index, learned))
+
+    def _held_kv(self, index: int, learned: Mapping[str, LearnedKV]) -> dict[str, LearnedKV]:
+        """What the attentions of block ``index`` hold, as it is stored: what was learned, if the plan lets it be."""
+        kv = self._plan.kv
+        if kv is None or not kv.learned_clips:
+            return {}
+        found = attentions(self._skeleton.block_module(index))
+        return {one.path: learned.get(one.path) or unlearned(kv, one, self._plan.scale_dtype) for one in found}
 
     def _format(self, block: Block, name: str) -> LayerFormat:
         planned = self._plan.layer(block.prefix + name).format
@@ -248,11 +264,8 @@ class BlockQuantizer:
             observed = None
             if session and state.quantised and step.needs_data:
                 module, statistics = self._observe(state, session, step, readers, None)
-                replays, lessons = (
-                    session.replays(module, state.quantised),
-                    session.lessons(module, readers, self._round_kv),
-                )
-                observed = Observed(statistics, replays, lessons)
+                lessons = session.lessons(module, readers, lambda module: self._round_kv(module, block.index, state.kv))
+                observed = Observed(statistics, session.replays(module, state.quantised), lessons)
             situation = Situation(
                 block=block,
                 linears=state.quantised,
@@ -262,6 +275,7 @@ class BlockQuantizer:
                 rounding=self._plan.steps.rounding.method.name,
                 seed=self._recipe.seed,
                 observed=observed,
+                kv=self._plan.kv,
                 note=self._note,
             )
             found.append(step.module.solve(situation, step.config) if state.quantised else Solution())

@@ -20,6 +20,7 @@ _PACKED_SUFFIXES = (
     "weight_packed", "weight_scale", "weight_shape", "weight_zero_point",
     "input_scale_vector", "input_shift_vector", "input_scale", "input_zero_point",
     "input_hadamard_signs", "input_kronecker_left", "input_kronecker_right", "input_dense", "input_clip",
+    "key_matrix", "key_clip", "value_clip",
 )  # fmt: skip
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 

@@ -17,7 +17,7 @@ from quantkit.errors import RecipeError
 from quantkit.formats.config import portable_reason
 from quantkit.formats.kv import KVFormat
 from quantkit.formats.layer import InputOp, LayerFormat, stored_bytes
-from quantkit.kv.attach import why_not
+from quantkit.kv.attach import attentions, key_dim, why_not
 from quantkit.recipe import PER_CHANNEL, Calibration, Recipe, WeightScheme
 from quantkit.steps import BoundStep, Steps, bind_steps
 from quantkit.transforms.interface import kronecker_left
@@ -123,7 +123,7 @@ def make_plan(recipe: Recipe, source: Path, skeleton: Skeleton, checkpoint: Chec
         raise RecipeError(
             f"scheme {scheme.name} leaves the weights as they are; give their bits, for example W4A16G64."
         )
-    kv = _plan_kv(recipe, skeleton)
+    kv = _plan_kv(recipe, skeleton, steps.transforms)
     scale_dtype = model_dtype(recipe, skeleton, checkpoint)
     layers = _plan_layers(recipe, skeleton, steps.transforms, scale_dtype)
     kept = [layer for layer in layers if layer.format is None]
@@ -159,7 +159,7 @@ def make_plan(recipe: Recipe, source: Path, skeleton: Skeleton, checkpoint: Chec
         format_reason=reason,
         scale_dtype=scale_dtype,
         source_bytes=checkpoint.source_bytes,
-        output_bytes=quantised + rest,
+        output_bytes=quantised + rest + _kv_bytes(kv, skeleton, scale_dtype),
         peak_bytes=_peak_bytes(layers, skeleton, checkpoint) + _calibration_bytes(layers, steps, calibration, skeleton),
         notes=tuple(notes),
         calibration=calibration,
@@ -190,14 +190,31 @@ def model_dtype(recipe: Recipe, skeleton: Skeleton, checkpoint: Checkpoint) -> t
     return skeleton.tensor_info(f"{skeleton.block_prefix(0)}{first}.weight", checkpoint).dtype
 
 
-def _plan_kv(recipe: Recipe, skeleton: Skeleton) -> KVFormat | None:
+def _plan_kv(recipe: Recipe, skeleton: Skeleton, transforms: tuple[BoundStep, ...]) -> KVFormat | None:
     scheme = recipe.scheme
     if scheme.kv is None:
         return None
     reason = why_not(skeleton.model)
     if reason:
         raise RecipeError(f"scheme {scheme.name}: {reason}; leave KV{scheme.kv.bits} out.")
-    return KVFormat.of(scheme.kv, recipe.seed)
+    kv = KVFormat.of(scheme.kv, recipe.seed)
+    learning = next((step.method.name for step in transforms if getattr(step.config, "keys", False)), None)
+    if learning is None:
+        return kv
+    odd = next((one.path for one in attentions(skeleton.model) if not key_dim(one.module)), None)
+    if odd is not None:
+        raise RecipeError(
+            f"step '{learning}': '{odd}' does not say how wide its keys are, so no matrix can be learned for them; "
+            "give the option keys: false."
+        )
+    return kv.to_be_learned()
+
+
+def _kv_bytes(kv: KVFormat | None, skeleton: Skeleton, dtype: torch.dtype) -> int:
+    """Of what is stored about keys and values."""
+    if kv is None:
+        return 0
+    return sum(kv.stored_bytes(key_dim(one.module), dtype) for one in attentions(skeleton.model))
 
 
 def _plan_layers(

@@ -123,8 +123,8 @@ _ROWS = (
         name="hadamard",
         kind="transform",
         module="quantkit.transforms.hadamard",
-        summary="rotate the residual stream and inputs by random-sign Hadamard matrices: no outlier is left; part of it "
-        "runs at inference",
+        summary="rotate the residual stream and inputs by random-sign Hadamard matrices: no outlier is left; part "
+        "of it runs at inference",
         paper="Ashkboos et al., QuaRot, arXiv 2404.00456",
         needs="nothing",
         loads_in="quantkit",

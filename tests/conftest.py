@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import save_tiny
 
+from quantkit.kernels import dispatch
+
 torch.set_num_threads(1)  # matrices this small gain nothing from more, and lose a lot on a busy machine
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _to_the_last_digit() -> Iterator[None]:
+    """Tests may compare digit by digit what the kernels of this or that machine round differently."""
+    with dispatch.only_reference():
+        yield
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run quantised layers as a user's machine does: ``pytest.mark.usefixtures("kernels")``."""
+    monkeypatch.setattr(dispatch, "_only_reference", False)
 
 
 @pytest.fixture(scope="session")

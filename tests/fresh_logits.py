@@ -3,7 +3,8 @@
     python fresh_logits.py LOADER OUTPUT.safetensors FOLDER...
 
 LOADER: ``transformers`` (quantkit is not imported), ``native`` (transformers after ``import quantkit``) or ``quantkit``
-(``quantkit.load``). The logits of FOLDER are stored under its name.
+(``quantkit.load``). The logits of FOLDER are stored under its name. quantkit's layers run through the reference, which
+can be compared to the last digit on every machine.
 """
 
 import sys
@@ -20,17 +21,22 @@ def logits_of(loader: str, folder: Path) -> torch.Tensor:
     """float32 [2, 8, vocabulary], of a classifier [2, labels]; fails on missing or unexpected tensors."""
     if loader == "quantkit":
         import quantkit
+        from quantkit.kernels.dispatch import only_reference
 
         model, _ = quantkit.load(folder)
-        return model(PROMPT).logits.float()
+        with only_reference():
+            return model(PROMPT).logits.float()
     if loader == "native":
-        import quantkit
+        import quantkit.kernels.dispatch
     import transformers
 
     (name,) = transformers.AutoConfig.from_pretrained(folder).architectures
     model, info = getattr(transformers, name).from_pretrained(folder, dtype="auto", output_loading_info=True)
     assert not info["missing_keys"], (folder, info["missing_keys"])
     assert not info["unexpected_keys"], (folder, info["unexpected_keys"])
+    if loader == "native":
+        with quantkit.kernels.dispatch.only_reference():
+            return model(PROMPT).logits.float()
     if loader == "transformers":
         assert "quantkit" not in sys.modules
     return model(PROMPT).logits.float()

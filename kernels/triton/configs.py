@@ -17,23 +17,36 @@ from typing import NamedTuple
 
 import torch
 
+from quantkit.kernels.triton import compat
+from quantkit.kernels.triton.layout import PLANE, block_columns
+from quantkit.recipe import PER_CHANNEL
+
 VERSION = 1
 """Of the kernels: a change that may move the fastest tile raises it, and files of other versions are not read."""
 _BUCKETS = (8, 16, 32, 64, 128, 256)
 
 
-class Config(NamedTuple):
-    """How one product is cut into programs."""
+class Tile(NamedTuple):
+    """What a program computes."""
 
     block_m: int
-    """Tokens of a tile."""
+    """Tokens."""
     block_n: int
-    """Rows of the weight in a tile, which divides ``layout.ROWS``."""
-    split: int
-    """Programs that share the columns of a tile and add up in a workspace."""
+    """Rows of the weight; divides ``layout.ROWS``."""
     warps: int
     stages: int
-    """Blocks in flight."""
+    """Blocks of columns in flight."""
+
+
+class Config(NamedTuple):
+    """How one product is cut into programs: ``Tile`` and what depends on the problem."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    split: int
+    """Programs that share the columns of a tile and add up in a workspace."""
     scale_after: bool
     """Scale the sums of each group instead of the weight."""
 
@@ -62,32 +75,35 @@ class Problem(NamedTuple):
 
 
 _SM90 = {
-    8: Config(8, 128, 0, 4, 4, True),
-    16: Config(16, 128, 0, 4, 4, True),
-    32: Config(32, 128, 0, 4, 4, True),
-    64: Config(64, 128, 0, 4, 4, False),
-    128: Config(128, 128, 0, 8, 3, False),
-    256: Config(128, 128, 0, 8, 3, False),
+    8: Tile(8, 128, 4, 4),
+    16: Tile(16, 128, 4, 4),
+    32: Tile(32, 128, 4, 4),
+    64: Tile(64, 128, 4, 4),
+    128: Tile(128, 128, 8, 3),
+    256: Tile(128, 128, 8, 3),
 }
 _SM80 = {
-    8: Config(8, 128, 0, 4, 4, True),
-    16: Config(16, 128, 0, 4, 4, True),
-    32: Config(32, 128, 0, 4, 4, True),
-    64: Config(64, 128, 0, 4, 3, False),
-    128: Config(64, 128, 0, 4, 3, False),
-    256: Config(128, 128, 0, 8, 3, False),
+    8: Tile(8, 128, 4, 4),
+    16: Tile(16, 128, 4, 4),
+    32: Tile(32, 128, 4, 4),
+    64: Tile(64, 128, 8, 3),  # 4 warps take fewer instructions, and up to 255 registers, which spill
+    128: Tile(64, 128, 8, 3),
+    256: Tile(128, 128, 8, 3),
 }
 _GFX942 = {
-    8: Config(16, 64, 0, 4, 2, True),
-    16: Config(16, 64, 0, 4, 2, True),
-    32: Config(32, 64, 0, 4, 2, True),
-    64: Config(64, 128, 0, 4, 2, False),
-    128: Config(64, 128, 0, 4, 2, False),
-    256: Config(128, 128, 0, 8, 2, False),
+    8: Tile(16, 64, 4, 2),
+    16: Tile(16, 64, 4, 2),
+    32: Tile(32, 64, 4, 2),
+    64: Tile(64, 128, 4, 2),
+    128: Tile(64, 128, 4, 2),
+    256: Tile(128, 128, 8, 2),
 }
-TABLE: dict[str, dict[int, Config]] = {"sm_90": _SM90, "sm_80": _SM80, "gfx942": _GFX942}
-"""Device class -> rows -> tile; split 0: chosen by ``_split``. Heuristic, to be replaced by what is measured. Kinds that
-are not listed take the nearest older one of the same maker."""
+TABLE: dict[str, dict[int, Tile]] = {"sm_90": _SM90, "sm_80": _SM80, "gfx942": _GFX942}
+"""Device class -> rows -> tile. Reasoned, to be replaced by what is measured. A kind that is not listed takes the
+nearest older one of the same maker."""
+
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+"""Bytes of shared memory that one program may have. Compilers do not check, launches do."""
 
 CROSSOVER = {"sm_90": 256, "sm_80": 128, "gfx942": 128}
 """Device class -> the most rows that are multiplied without writing the weight out first. Writing it costs the same
@@ -137,24 +153,43 @@ def choose(problem: Problem, device: Device, run: Callable[[Config], None] | Non
     return heuristic(problem, device)
 
 
+@lru_cache(maxsize=4096)
 def heuristic(problem: Problem, device: Device) -> Config:
-    """The table's tile, with as many programs on a tile's columns as keep all processors busy."""
-    return _split(TABLE[nearest(device.kind)][problem.rows], problem, device.processors)
+    """The table's tile, as far as it fits, with as many programs on a tile's columns as keep all processors busy."""
+    kind = nearest(device.kind)
+    tile = _fitting(TABLE[kind][problem.rows], problem, SHARED_LIMIT[kind])
+    # Counted in compiled loops: below a quarter of the group's columns, scaling its sums takes fewer instructions than
+    # scaling its weights, and more registers. One scale per row is applied once, at the end.
+    after = problem.group_size == PER_CHANNEL or 4 * problem.rows <= problem.group_size
+    return Config(*tile, split=_split(tile, problem, device.processors), scale_after=after)
 
 
-def _split(config: Config, problem: Problem, processors: int) -> Config:
-    """The smallest power of two that gives two programs to every processor, while each has two blocks and the
-    workspace, which is written and read, stays under a fifth of the weight's bytes."""
-    tiles = -(-problem.out_features // config.block_n) * -(-problem.rows // config.block_m)
-    weight_bytes = problem.out_features * problem.blocks * 64
+def _fitting(tile: Tile, problem: Problem, limit: int) -> Tile:
+    """Fewer tokens, then fewer blocks in flight, until words, scales and inputs fit into ``limit`` bytes."""
+    columns = block_columns(problem.bits)
+    weight = tile.block_n * (PLANE * (3 if problem.bits == 3 else 2) + 4 * columns // PLANE)
+    block_m = tile.block_m
+    while 2 * (weight + columns * block_m * 2) > limit and block_m > 16:
+        block_m //= 2
+    stages = min(tile.stages, max(1, limit // (weight + columns * block_m * 2)))
+    return tile._replace(block_m=block_m, stages=stages)
+
+
+def _split(tile: Tile, problem: Problem, processors: int) -> int:
+    """The smallest power of two that gives each processor two programs, as long as a program has two blocks.
+
+    Where three quarters of them have one already, only while the workspace stays under a fifth of the weight's bytes:
+    that costs less than idle processors, not less than busy ones.
+    """
+    tiles = -(-problem.out_features // tile.block_n) * -(-problem.rows // tile.block_m)
+    weight_bytes = problem.out_features * problem.blocks * 2 * PLANE
     split = 1
-    while (
-        tiles * split < 2 * processors
-        and 4 * split <= problem.blocks
-        and 2 * split * problem.rows * problem.out_features * 4 <= weight_bytes // 5
+    while 4 * split <= problem.blocks and (
+        4 * tiles * split < 3 * processors
+        or (tiles * split < 2 * processors and 8 * split * problem.rows * problem.out_features <= weight_bytes // 5)
     ):
         split *= 2
-    return config._replace(split=split)
+    return split
 
 
 def candidates(problem: Problem, device: Device) -> list[Config]:
@@ -184,12 +219,9 @@ def _tuned(problem: Problem, device: Device, run: Callable[[Config], None]) -> C
 
 def _milliseconds(run: Callable[[Config], None], config: Config) -> float:
     """Median, the caches flushed before each run; infinite for a tile that does not fit the device."""
-    from triton.runtime.errors import OutOfResources
-    from triton.testing import do_bench
-
     try:
-        return float(do_bench(lambda: run(config), warmup=5, rep=20, return_mode="median"))
-    except OutOfResources:
+        return float(compat.module("testing").do_bench(lambda: run(config), warmup=5, rep=20, return_mode="median"))
+    except compat.module("runtime.errors").OutOfResources:
         return float("inf")
 
 

@@ -4,23 +4,27 @@ Up to ``configs.crossover`` rows the packed weight is multiplied as it is; above
 per call and multiplied by the library's matrix product, which reads every weight once per tile of rows and would have
 to unpack it as often.
 
-``takes``, ``pack`` and ``run`` are the row of ``kernels/dispatch.py``. A launch neither allocates an unknown size nor
-waits for the device, so calls can be captured in graphs; programs that share a tile add up in a fixed order, so a
-repeated call gives the same bits.
+``refuses``, ``pack``, ``restore`` and ``run`` are the row of ``kernels/dispatch.py``. A launch neither allocates an
+unknown size nor waits for the device, so calls can be captured in graphs; programs that share a tile add up in a fixed
+order, so a repeated call gives the same bits.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from quantkit.formats.quantized import NF4_LEVELS
-from quantkit.kernels.triton import compat, configs, layout, weight_only_kernels
+from quantkit.kernels.cpu import values
+from quantkit.kernels.library import define
+from quantkit.kernels.triton import compat, configs, layout
 from quantkit.kernels.triton.configs import Config, Problem
 from quantkit.kernels.triton.layout import PlanarWeight
 from quantkit.recipe import PER_CHANNEL
@@ -28,6 +32,8 @@ from quantkit.recipe import PER_CHANNEL
 if TYPE_CHECKING:
     from quantkit.layers.quant_linear import QuantLinear
 
+DENSE_ROWS = 64
+"""Rows of the weight that a program writes out; divides ``layout.ROWS``."""
 _MIN_BLOCK_N = 64
 _COUNTED_TILES_M = 4
 """Tiles of tokens that may be shared between programs; with more there are programs enough."""
@@ -45,67 +51,105 @@ class Packed:
     that streams can run different layers at once; the same layer must not run on two streams at once."""
 
 
-def takes(x: Tensor, layer: QuantLinear) -> bool:
-    """Half or bfloat16 on a GPU that has matrix instructions for both; no gradient is wanted; see ``layout.supports``.
-    """
-    scale = layer.weight_scale
-    return (
-        compat.AVAILABLE
-        and x.is_cuda
-        and x.device == scale.device
-        and x.dtype == scale.dtype
-        and x.dtype in (torch.float16, torch.bfloat16)
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and layout.supports(layer.format)
-        and _capable(x.device)
-    )
+def refuses(layer: QuantLinear, device: torch.device) -> str | None:
+    """Why the layer cannot run here on ``device``; None if it can. See ``dispatch.Implementation``."""
+    if device.type != "cuda":
+        return f"for GPUs, not {device.type}"
+    if not compat.AVAILABLE:
+        return "triton is not installed"
+    weights, dtype = layer.format.weights, layer.weight_scale.dtype
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"for half and bfloat16 models, not {str(dtype).removeprefix('torch.')}"
+    if weights.bits not in layout.WIDTHS:
+        return f"for 2, 3, 4 and 8 bits, not {weights.bits}"
+    if not layout.supports(layer.format):
+        return f"groups of {weights.group_size} are no multiple of {layout.PLANE}"
+    return _incapable(device)
 
 
-def _capable(device: torch.device) -> bool:
+def _incapable(device: torch.device) -> str | None:
+    if not torch.cuda.is_available():
+        return "there is no GPU"
     kind = configs.device_of(device).kind
-    return kind in ("gfx90a", "gfx942", "gfx950") or (kind.startswith("sm_") and int(kind[3:]) >= 80)
+    if kind in ("gfx90a", "gfx942", "gfx950") or (kind.startswith("sm_") and int(kind[3:]) >= 80):
+        return None
+    return f"for sm_80 and later, gfx90a, gfx942 and gfx950, not {kind}"
 
 
-def pack(layer: QuantLinear) -> Packed:
-    """Lay out the weight of ``layer`` on its device; to be done again after the layer has moved or changed."""
+def pack(layer: QuantLinear) -> Packed | None:
+    """Lay out the weight of ``layer`` on its device; None where ``restore`` could not give back every bit of it."""
+    if not values.has_clean_padding(layer):
+        return None
     weight = layout.from_layer(layer)
     tiles = weight.words.shape[1] // _MIN_BLOCK_N * _COUNTED_TILES_M
     return Packed(
         weight=weight,
-        levels=NF4_LEVELS.to(weight.scale) if weight.levels == "nf4" else None,
+        levels=NF4_LEVELS.to(layer.weight_scale) if weight.levels == "nf4" else None,
         arrived=torch.zeros(tiles, dtype=torch.int32, device=weight.words.device),
     )
+
+
+def restore(packed: Packed, layer: QuantLinear) -> Tensor:
+    """The stored codes."""
+    return layout.restore(packed.weight, layer)
 
 
 def run(x: Tensor, layer: QuantLinear, packed: Packed) -> Tensor:
     """[..., in_features] -> [..., out_features] in the dtype of ``x``: what ``reference.linear`` computes."""
     weight = packed.weight
-    y: Tensor = torch.ops.quantkit.weight_only_linear(
+    y: Tensor = _op(
         layer.changed_input(x),
         weight.words,
         weight.high,
-        weight.scale,
-        weight.zero_point,
+        weight.steps,
         packed.levels,
         layer.bias,
         packed.arrived,
         weight.bits,
+        weight.zero_point,
         weight.group_size,
         weight.out_features,
     )
     return y
 
 
+class _Weight(NamedTuple):
+    """Arguments of the operator that describe the weight."""
+
+    words: Tensor
+    high: Tensor | None
+    steps: Tensor
+    levels: Tensor | None
+    bits: int
+    zero_point: bool
+    group_size: int
+    out_features: int
+
+    def pointers(self) -> tuple[Tensor | None, ...]:
+        return self.words, self.high, self.steps, self.levels
+
+    def constants(self, dtype: torch.dtype) -> dict[str, Any]:
+        """What both kernels are compiled for. ``enable_fp_fusion``: Triton's default differs between its versions."""
+        return {
+            "BITS": self.bits,
+            "ZERO_POINT": self.zero_point,
+            "GROUP": 0 if self.group_size == PER_CHANNEL else self.group_size,
+            "DTYPE": triton_dtype(dtype),
+            "PTX": self.words.is_cuda and torch.version.hip is None,
+            "enable_fp_fusion": True,
+        }
+
+
 def _linear(
     x: Tensor,
     words: Tensor,
     high: Tensor | None,
-    scale: Tensor,
-    zero_point: Tensor | None,
+    steps: Tensor,
     levels: Tensor | None,
     bias: Tensor | None,
     arrived: Tensor,
     bits: int,
+    zero_point: bool,
     group_size: int,
     out_features: int,
 ) -> Tensor:
@@ -113,59 +157,45 @@ def _linear(
     columns = x.shape[-1]
     flat = x.reshape(-1, columns)
     rows = flat.shape[0]
-    weight = words, high, scale, zero_point, levels
     if rows == 0:
         return x.new_empty(*x.shape[:-1], out_features)
+    weight = _Weight(words, high, steps, levels, bits, zero_point, group_size, out_features)
     device = configs.device_of(x.device)
     if rows > configs.crossover(device):
-        y = F.linear(flat, _dequantize(weight, bits, group_size, out_features, columns), bias)
-        return y.view(*x.shape[:-1], out_features)
+        return F.linear(x, _dequantize(weight, columns, x.dtype), bias)
     if flat.stride(1) != 1:
         flat = flat.contiguous()
     out = x.new_empty(rows, out_features)
 
     def launch(config: Config) -> None:
-        _multiply(flat, weight, bias, arrived, out, bits, group_size, config)
+        _multiply(flat, weight, bias, arrived, out, config)
 
     problem = Problem(
-        bits,
-        group_size,
-        zero_point is not None,
-        "uniform" if levels is None else "nf4",
-        str(x.dtype),
-        out_features,
-        words.shape[0],
-        configs.bucket(rows),
+        bits=bits,
+        group_size=group_size,
+        zero_point=zero_point,
+        levels="uniform" if levels is None else "nf4",
+        dtype=str(x.dtype).removeprefix("torch."),
+        out_features=out_features,
+        blocks=words.shape[0],
+        rows=configs.bucket(rows),
     )
     measurable = x.is_cuda and not torch.cuda.is_current_stream_capturing()
     launch(configs.choose(problem, device, launch if measurable else None))
     return out.view(*x.shape[:-1], out_features)
 
 
-_Weight = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]
-"""Words, high, scale, zero point, levels."""
-
-
-def _multiply(
-    x: Tensor,
-    weight: _Weight,
-    bias: Tensor | None,
-    arrived: Tensor,
-    out: Tensor,
-    bits: int,
-    group_size: int,
-    config: Config,
-) -> None:
+def _multiply(x: Tensor, weight: _Weight, bias: Tensor | None, arrived: Tensor, out: Tensor, config: Config) -> None:
     """``out`` [rows, out_features] = ``x`` [rows, columns] @ W.T + ``bias``."""
-    (rows, columns), out_features = x.shape, out.shape[1]
-    blocks, padded, _ = weight[0].shape
+    (rows, columns), out_features = x.shape, weight.out_features
+    blocks, padded, _ = weight.words.shape
     tiles = -(-rows // config.block_m) * -(-out_features // config.block_n)
     split = config.split if tiles <= arrived.numel() else 1
     partial = x.new_empty(split, rows, out_features, dtype=torch.float32) if split > 1 else None
     with _on(x):
-        weight_only_kernels.matmul_kernel[(tiles, split)](
+        _kernels().matmul_kernel[(tiles, split)](
             x,
-            *weight,
+            *weight.pointers(),
             bias,
             out,
             partial,
@@ -180,48 +210,42 @@ def _multiply(
             SPLIT=split,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
+            STAGES=config.stages,
             num_warps=config.warps,
             num_stages=config.stages,
-            **_constants(x, bits, group_size),
+            **weight.constants(x.dtype),
         )
 
 
-def _dequantize(weight: _Weight, bits: int, group_size: int, out_features: int, columns: int) -> Tensor:
-    """The weight [out_features, columns] in the dtype of the scales."""
-    words, _, scale, _, _ = weight
-    dense = scale.new_empty(out_features, columns)
-    blocks, padded, _ = words.shape
-    block_n = 64
-    with _on(words):
-        weight_only_kernels.dequantize_kernel[(-(-out_features // block_n), blocks)](
-            *weight,
+def _dequantize(weight: _Weight, columns: int, dtype: torch.dtype) -> Tensor:
+    """The weight [out_features, columns] in ``dtype``, that of the scales."""
+    blocks, padded, _ = weight.words.shape
+    dense = weight.words.new_empty(weight.out_features, columns, dtype=dtype)
+    with _on(dense):
+        _kernels().dequantize_kernel[(-(-weight.out_features // DENSE_ROWS), blocks)](
+            *weight.pointers(),
             dense,
-            out_features,
+            weight.out_features,
             columns,
             padded,
-            BLOCK_N=block_n,
+            BLOCK_N=DENSE_ROWS,
             num_warps=4,
-            **_constants(scale, bits, group_size),
+            **weight.constants(dtype),
         )
     return dense
 
 
-def _constants(like: Tensor, bits: int, group_size: int) -> dict[str, Any]:
-    """Arguments that both kernels are compiled for. ``enable_fp_fusion``: Triton's default differs between versions."""
-    tl = compat.tl
-    dtype = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[like.dtype]
-    return {
-        "BITS": bits,
-        "GROUP": 0 if group_size == PER_CHANNEL else group_size,
-        "DTYPE": dtype,
-        "PTX": like.is_cuda and torch.version.hip is None and has_ptx(bits, like.dtype),
-        "enable_fp_fusion": True,
-    }
+@cache
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """``tl.float16`` for ``torch.float16``; float32 is for the interpreter, which has no bfloat16."""
+    tl = compat.module("language")
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
 
 
-def has_ptx(bits: int, dtype: torch.dtype) -> bool:
-    """Whether two codes can be made floats of ``dtype`` in one register; 8 bits do not fit bfloat16's mantissa."""
-    return dtype == torch.float16 or (dtype == torch.bfloat16 and bits < 8)
+@cache
+def _kernels() -> Any:
+    """The module of the kernels, which imports Triton: not before the first launch."""
+    return importlib.import_module("quantkit.kernels.triton.weight_only_kernels")
 
 
 def _on(tensor: Tensor) -> Any:
@@ -233,24 +257,22 @@ def _shape_only(
     x: Tensor,
     words: Tensor,
     high: Tensor | None,
-    scale: Tensor,
-    zero_point: Tensor | None,
+    steps: Tensor,
     levels: Tensor | None,
     bias: Tensor | None,
     arrived: Tensor,
     bits: int,
+    zero_point: bool,
     group_size: int,
     out_features: int,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-# Library.define costs a call a third of what custom_op does (2.5 to 3.7 microseconds), as much as the kernel itself.
-_library = torch.library.Library("quantkit", "FRAGMENT")
-_library.define(
-    "weight_only_linear(Tensor x, Tensor words, Tensor? high, Tensor scale, Tensor? zero_point, Tensor? levels, "
-    "Tensor? bias, Tensor arrived, int bits, int group_size, int out_features) -> Tensor"
+_op = define(
+    "weight_only_linear(Tensor x, Tensor words, Tensor? high, Tensor steps, Tensor? levels, Tensor? bias, "
+    "Tensor arrived, int bits, bool zero_point, int group_size, int out_features) -> Tensor",
+    _linear,
+    _shape_only,
+    ("CUDA", "CPU"),  # CPU: Triton's interpreter
 )
-_library.impl("weight_only_linear", _linear, "CUDA")
-_library.impl("weight_only_linear", _linear, "CPU")  # for Triton's interpreter only; ``takes`` never picks it
-torch.library.register_fake("quantkit::weight_only_linear", _shape_only, lib=_library)

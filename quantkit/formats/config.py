@@ -10,7 +10,8 @@ The native block:
                  "weights": {"bits": 3, "symmetric": false, "group_size": 64, "levels": "uniform"},
                  "activations": null, "input_scale": true, "input_shift": false, "input_op": "none",
                  "input_left": null, "input_clip": false, "storage": "packed"}],
-     "kv_cache": {"bits": 4, "symmetric": false, "clip": 1.0, "key_transform": "hadamard", "seed": 0},
+     "kv_cache": {"bits": 4, "symmetric": false, "clip": 1.0, "key_transform": "hadamard", "seed": 0,
+                  "learned_clips": false},
      "ignore": ["lm_head"]}
 
 ``match`` holds module names of the transformers model. What no entry matches is stored as it was; ``ignore`` lists the

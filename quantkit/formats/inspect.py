@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from quantkit.errors import QuantkitError
 from quantkit.formats.config import read_config, read_kv
 from quantkit.formats.kv import KVFormat
@@ -26,6 +28,8 @@ class LayerReport:
     out_features: int
     in_features: int
     stored_bytes: int
+    dtype: torch.dtype
+    """Of the scales, and so of inputs and outputs."""
     error: float | None
     """Relative Frobenius weight error from the run record; None without a record."""
 
@@ -95,7 +99,8 @@ def inspect_checkpoint(folder: Path) -> CheckpointReport:
     for stored, shape in shapes.items():
         layer = formats.of(modules.get(stored, stored))
         if layer is not None:
-            layers.append(LayerReport(stored, layer, *shape, sizes[stored], errors.get(stored)))
+            dtype = checkpoint.names[f"{stored}.weight_scale"].dtype
+            layers.append(LayerReport(stored, layer, *shape, sizes[stored], dtype, errors.get(stored)))
     if not layers:
         raise QuantkitError(
             f"{folder}: config.json announces {block.get('quant_method')} but no layer of it is stored."

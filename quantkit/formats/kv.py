@@ -1,27 +1,55 @@
-"""How a checkpoint says that its model keeps keys and values quantised: ``kv_cache`` in ``quantization_config``."""
+"""How a checkpoint says that its model keeps keys and values quantised: ``kv_cache`` in ``quantization_config``.
+
+Tensors under the name of each attention, in the dtype of scales, if they were learned:
+
+    key_matrix    [head_dim, head_dim]    key_transform: dense    keys are multiplied by it from the right
+    key_clip      [2]                     learned_clips           shares of the lower and upper end of their ranges
+    value_clip    [2]                     learned_clips
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from quantkit.recipe import KVScheme
 
 
-class KVFormat(BaseModel):
-    """The same for all layers, with nothing left to decide; the arithmetic is in ``kv/quantiser.py``.
+@dataclass(frozen=True)
+class LearnedKV:
+    """What was learned about keys and values of one attention; named as it is stored."""
 
-    Keys and values are computed when the model runs, so no tensor of the checkpoint belongs to this.
-    """
+    key_clip: Tensor
+    """[2], above 0 and at most 1."""
+    value_clip: Tensor
+    key_matrix: Tensor | None = None
+    """[head_dim, head_dim], the same for all heads. As it is held: its inverse makes up for any rounding of it."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+
+    def to(self, dtype: torch.dtype) -> LearnedKV:
+        return LearnedKV(**{name: tensor.to(dtype) for name, tensor in self.tensors().items()})
+
+
+class KVFormat(BaseModel):
+    """The same for all layers, with nothing left to decide; the arithmetic is in ``kv/quantiser.py``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     bits: int = Field(ge=2, le=8, description="width of a code")
     symmetric: bool = Field(description="no zero point")
     clip: float = Field(gt=0, le=1, description="share of the range of a token and head that its grid covers")
-    key_transform: Literal["none", "hadamard"] = Field(description="matrix that keys are multiplied by first")
+    key_transform: Literal["none", "hadamard", "dense"] = Field(
+        description="matrix that keys are multiplied by first; dense: a stored one for each layer"
+    )
     seed: int = Field(ge=0, description="of the signs of the Hadamard matrices")
+    learned_clips: bool = Field(False, description="stored shares of the range for each layer, in the place of clip")
 
     @classmethod
     def of(cls, scheme: KVScheme, seed: int) -> KVFormat:
@@ -33,9 +61,28 @@ class KVFormat(BaseModel):
             seed=seed,
         )
 
+    def to_be_learned(self) -> KVFormat:
+        """The same for tensors in the place of what is fixed here; keys that are not rotated stay so."""
+        transform = "none" if self.key_transform == "none" else "dense"
+        return self.model_copy(update={"key_transform": transform, "learned_clips": True})
+
+    def tensor_shapes(self, key_dim: int) -> dict[str, tuple[int, ...]]:
+        """What an attention with keys of ``key_dim`` numbers holds."""
+        matrix: dict[str, tuple[int, ...]] = {"key_matrix": (key_dim, key_dim)} if self.key_transform == "dense" else {}
+        return matrix | ({"key_clip": (2,), "value_clip": (2,)} if self.learned_clips else {})
+
+    def stored_bytes(self, key_dim: int, dtype: torch.dtype) -> int:
+        """Of these tensors in ``dtype``."""
+        return dtype.itemsize * sum(prod(shape) for shape in self.tensor_shapes(key_dim).values())
+
     def describe(self) -> str:
         """In words, behind "keys and values"."""
         zero = "a step" if self.symmetric else "a step and a zero point"
         text = f"{self.bits}-bit codes, {zero} per token and head"
-        text += f", {self.clip:g} of the range" if self.clip < 1 else ""
+        if self.learned_clips:
+            text += ", learned shares of the range"
+        elif self.clip < 1:
+            text += f", {self.clip:g} of the range"
+        if self.key_transform == "dense":
+            return f"{text}; keys multiplied by learned matrices"
         return text if self.key_transform == "none" else f"{text}; keys rotated ({self.key_transform})"

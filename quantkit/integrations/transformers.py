@@ -28,6 +28,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.config import NATIVE_METHOD, read_config, read_kv
 from quantkit.formats.layer import LayerFormat
 from quantkit.formats.matching import LayerFormats
+from quantkit.kernels.dispatch import prepare_all
 from quantkit.kv.attach import quantise_kv
 from quantkit.layers.quant_experts import ExpertNames, QuantExperts
 from quantkit.layers.quant_linear import QuantLinear
@@ -90,6 +91,7 @@ class QuantkitHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         share_inputs(model)
+        prepare_all(model)
         return model
 
     def update_weight_conversions(

@@ -7,23 +7,28 @@ goes on with what that returns. So one hook in front of each attention is enough
     an empty one         its layer is replaced by a ``QuantisedLayer``, in place: ``generate`` and everyone else who
                          holds the cache sees it
     a quantised one      is used as it is
+
+What was learned about keys and values is held by the attention as buffers, under the names of ``formats/kv.py``: a
+checkpoint fills them and ``.to(device)`` moves them. The hook makes of them what a cache needs, when it is needed.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.kv import KVFormat
+from quantkit.formats.kv import KVFormat, LearnedKV
 from quantkit.kv.cache import KVCache, RoundingCache, can_be_replaced, new_cache, use_quantised_layer
 from quantkit.kv.interface import LayerKV
 from quantkit.kv.quantiser import MinMax
-from quantkit.kv.rotation import RandomHadamard
+from quantkit.kv.rotation import KeyMatrix, RandomHadamard
 from quantkit.models.source import auto_class
 
 if TYPE_CHECKING:
@@ -31,6 +36,8 @@ if TYPE_CHECKING:
 
 _ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
 """What the cache is called where an attention takes one."""
+_WIDTHS = ("qk_head_dim", "head_dim", "head_size")
+"""What the width of a key is called; the first may differ from that of a value, which has the second."""
 
 
 @dataclass(frozen=True)
@@ -56,40 +63,129 @@ def attentions(model: nn.Module) -> list[Attention]:
         if isinstance(layer, int) and argument is not None:
             found.append(Attention(path, module, layer, argument, names.index(argument)))
     # Some blocks know their number, too, and pass the cache on.
-    return [one for one in found if not any(other.path.startswith(f"{one.path}.") for other in found)]
+    outer = {one.path: f"{one.path}." if one.path else "" for one in found}
+    return [
+        one for one in found if not any(other is not one and other.path.startswith(outer[one.path]) for other in found)
+    ]
 
 
-def layer_kv(kv: KVFormat, layer: int) -> LayerKV:
-    """How layer number ``layer`` of a model keeps its keys and values."""
-    method = MinMax(kv.bits, kv.symmetric, kv.clip, kv.clip)
-    rotated = kv.key_transform == "hadamard"
-    return LayerKV(method, method, RandomHadamard(f"{kv.seed} {layer}") if rotated else None)
+def key_dim(attention: nn.Module) -> int:
+    """Numbers in a key of one head; 0: the module does not say."""
+    widths = [getattr(attention, name, None) for name in _WIDTHS]
+    return next((width for width in widths if isinstance(width, int)), 0)
 
 
-def quantise_kv(model: nn.Module, kv: KVFormat) -> None:
-    """Make every attention of ``model`` (or of a block) keep keys and values as ``kv`` says, in place."""
+def layer_kv(kv: KVFormat, layer: int, learned: LearnedKV | None = None) -> LayerKV:
+    """How layer number ``layer`` of a model keeps its keys and values.
+
+    Args:
+        learned: about this layer; where ``kv`` says that it is stored.
+
+    Raises:
+        QuantkitError: the matrix has no inverse.
+    """
+    keys = values = MinMax(kv.bits, kv.symmetric, kv.clip, kv.clip)
+    if learned is not None:
+        keys, values = (
+            MinMax(kv.bits, kv.symmetric, *_wide(clip).unbind()) for clip in (learned.key_clip, learned.value_clip)
+        )
+        if learned.key_matrix is not None:
+            try:
+                return LayerKV(keys, values, KeyMatrix(learned.key_matrix))
+            except torch.linalg.LinAlgError:
+                raise QuantkitError(
+                    f"the key_matrix of layer {layer} has no inverse: the checkpoint is damaged; quantise or fetch it "
+                    "again."
+                ) from None
+    return LayerKV(keys, values, RandomHadamard(f"{kv.seed} {layer}") if kv.key_transform == "hadamard" else None)
+
+
+def unlearned(kv: KVFormat, one: Attention, dtype: torch.dtype) -> LearnedKV:
+    """What an attention holds if nothing was learned about it: the clip of ``kv``, and the Hadamard matrix that keys
+    would be rotated by, as a dense one."""
+    clip, matrix = torch.full((2,), kv.clip, dtype=dtype), None
+    if kv.key_transform == "dense":
+        identity = torch.eye(key_dim(one.module), dtype=torch.float64)
+        matrix = RandomHadamard(f"{kv.seed} {one.layer}").apply(identity).to(dtype)
+    return LearnedKV(clip, clip.clone(), matrix)
+
+
+def quantise_kv(model: nn.Module, kv: KVFormat, learned: Mapping[str, LearnedKV] | None = None) -> None:
+    """Make every attention of ``model`` (or of a block) keep keys and values as ``kv`` says, in place.
+
+    Args:
+        learned: path of an attention -> what it holds, if ``kv`` says that it holds something; None: what it has to
+            hold is going to be loaded.
+
+    Raises:
+        QuantkitError: an attention of the model does not say how wide its keys are, on which the tensors depend.
+    """
+    dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), torch.float32)
     for one in attentions(model):
-        hook = _Hook(one.argument, one.position, one.layer, layer_kv(kv, one.layer))
-        one.module.register_forward_pre_hook(hook, with_kwargs=True)
+        shapes = kv.tensor_shapes(key_dim(one.module))
+        if not all(all(shape) for shape in shapes.values()):
+            raise QuantkitError(
+                f"quantization_config.kv_cache.key_transform is dense, but {type(one.module).__name__} does not say "
+                "how wide its keys are; config.json does not fit this model or this version of transformers."
+            )
+        for name, shape in shapes.items():
+            empty = torch.empty(shape, dtype=dtype, device="meta")
+            one.module.register_buffer(name, empty if learned is None else learned[one.path].tensors()[name])
+        one.module.register_forward_pre_hook(KVHook(one, kv), with_kwargs=True)
 
 
-class _Hook:
-    def __init__(self, argument: str, position: int, layer: int, kv: LayerKV) -> None:
-        self._argument = argument
-        self._position = position
-        self._layer = layer
-        self._kv = kv
+class KVHook:
+    """In front of an attention: what it does with keys and values goes through a quantised cache."""
 
-    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __init__(self, one: Attention, kv: KVFormat) -> None:
+        self.format = kv
+        self.trial: LayerKV | None = None
+        """In the place of what the attention holds: while it is learned."""
+        self._argument, self._position, self._layer = one.argument, one.position, one.layer
+        self._built: LayerKV | None = None
+        self._held: list[tuple[Tensor, int]] = []
+        """The tensors that it was built from, and how often each had been written to."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kv = self.trial or self.layer_kv(module)
         by_position = len(args) > self._position
         cache = args[self._position] if by_position else kwargs.get(self._argument)
         if cache is not None:
-            use_quantised_layer(cache, self._layer, self._kv)
+            use_quantised_layer(cache, self._layer, kv)
             return None
-        rounding = RoundingCache(self._kv)
+        rounding = RoundingCache(kv)
         if by_position:
             return (*args[: self._position], rounding, *args[self._position + 1 :]), kwargs
         return args, kwargs | {self._argument: rounding}
+
+    def layer_kv(self, module: nn.Module) -> LayerKV:
+        """How ``module``, the attention, keeps its keys and values, by what it holds."""
+        held = {name: module.get_buffer(name) for name in self.format.tensor_shapes(0)}
+        now = [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in held.values()]
+        known = len(now) == len(self._held) and all(
+            tensor is other and version == last
+            for (tensor, version), (other, last) in zip(now, self._held, strict=True)
+        )
+        if self._built is None or not known:
+            # Copies: through a tensor that was born in inference mode no gradient passes.
+            with torch.inference_mode(False), torch.no_grad():
+                learned = LearnedKV(**{name: tensor.clone() for name, tensor in held.items()}) if held else None
+                self._built, self._held = layer_kv(self.format, self._layer, learned), now
+        return self._built
+
+
+def kv_hooks(model: nn.Module) -> dict[str, KVHook]:
+    """Path of an attention -> what was put in front of it."""
+    return {
+        path: hook
+        for path, module in model.named_modules()
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, KVHook)
+    }
+
+
+def _wide(clip: Tensor) -> Tensor:
+    return clip if clip.dtype == torch.float64 else clip.float()
 
 
 def why_not(model: PreTrainedModel) -> str:
@@ -131,4 +227,5 @@ def kv_cache(model: PreTrainedModel) -> KVCache:
             f"this {type(model).__name__} keeps keys and values in full precision; quantise it with a scheme that "
             "ends in KV<bits>, for example W4A16KV4, to have them quantised."
         )
-    return new_cache(model.config, {one.layer: layer_kv(kv, one.layer) for one in attentions(model)})
+    hooks = kv_hooks(model)
+    return new_cache(model.config, {one.layer: hooks[one.path].layer_kv(one.module) for one in attentions(model)})

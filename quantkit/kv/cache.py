@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
@@ -189,7 +190,8 @@ class RoundingCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        return self.kv.round(key_states, value_states)
+        with torch.autocast(key_states.device.type, enabled=False):  # as at run time
+            return self.kv.round(key_states, value_states)
 
 
 def new_cache(config: PreTrainedConfig, layers: dict[int, LayerKV]) -> KVCache:

@@ -49,16 +49,17 @@ class RandomHadamard:
 class KeyMatrix:
     """k M for a dense, invertible M: a learned one (P_k of FlatQuant)."""
 
-    def __init__(self, matrix: Tensor) -> None:
+    def __init__(self, matrix: Tensor, inverse: Tensor | None = None) -> None:
         """
         Args:
             matrix: M [head_dim, head_dim]; while it is learned, make a new object for each step.
+            inverse: M**-T, if it is known.
 
         Raises:
             torch.linalg.LinAlgError: M is singular.
         """
         self._inputs = LayerInputs(matrix=matrix)
-        self._inverse = online.inverse(self._inputs)
+        self._inverse = online.inverse(self._inputs) if inverse is None else LayerInputs(matrix=inverse)
 
     def apply(self, keys: Tensor) -> Tensor:
         return online.apply(keys, self._inputs)

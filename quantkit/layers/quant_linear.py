@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.formats.layer import LayerFormat, LayerInputs, inputs_from_tensors, tensor_specs
-from quantkit.kernels import dispatch, reference
+from quantkit.kernels import dispatch, input_codes, reference
 from quantkit.recipe import ActivationScheme
 
 if TYPE_CHECKING:
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 class QuantLinear(nn.Module):
     """Holds the tensors of ``formats/layer.py`` as buffers under the names and dtypes they have in a checkpoint.
 
-    Nothing is repacked or renamed, so what ``state_dict`` returns is what was loaded, byte for byte.
+    What ``state_dict`` returns is what was loaded, byte for byte. While the model runs, the codes may be held in the
+    layout of a kernel instead (``kernels/dispatch.py``): the buffer ``weight_name`` is then None, and comes back for
+    ``state_dict``, ``load_state_dict``, ``.to`` and the like, copies and ``unpack``.
 
     Args:
         in_features: columns of the weight.
@@ -51,6 +54,8 @@ class QuantLinear(nn.Module):
         self.format = layer
         self.shared_input: SharedInput | None = None
         """In common with linears that read the same tensor and do the same to it (``sharing.py``)."""
+        self.runtime: dispatch.Runtime | None = None
+        """What the layer runs with; None: not chosen yet."""
         for suffix, (shape, stored) in tensor_specs(layer, out_features, in_features, dtype).items():
             self.register_buffer(suffix, torch.empty(shape, dtype=stored, device=device))
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
@@ -65,6 +70,58 @@ class QuantLinear(nn.Module):
             return reference.transform_input(x, self.inputs, self.format.activations)
 
         return make() if self.shared_input is None else self.shared_input.of(x, make)
+
+    def input_codes(self, x: Tensor) -> input_codes.InputCodes:
+        """``changed_input`` before integers become values again; only with activations per token or per tensor."""
+
+        def make() -> input_codes.InputCodes:
+            assert self.format.activations is not None
+            changed = reference.transform_input(x, self.inputs, None)
+            return input_codes.quantize(changed, self.format.activations, self.inputs)
+
+        return make() if self.shared_input is None else self.shared_input.of(x, make, "codes")
+
+    @property
+    def weight_name(self) -> str:
+        """The buffer that holds the codes."""
+        return "weight" if self.format.storage == "int8" else "weight_packed"
+
+    def stored_weight(self) -> Tensor:
+        """The codes as they are stored, made again where a run-time layout took their place."""
+        held = self._buffers[self.weight_name]
+        if held is not None:
+            return held
+        runtime = self.runtime
+        assert runtime is not None
+        assert runtime.layout is not None
+        assert runtime.layout.restore is not None
+        with torch.inference_mode(False), torch.no_grad():
+            return runtime.layout.restore(runtime.packed, self).to(self.weight_scale.device)
+
+    def unpack(self) -> None:
+        """Hold the codes as they are stored; the run-time layout is dropped, and made again when it is needed."""
+        self._buffers[self.weight_name] = self.stored_weight()
+        self.runtime = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        self.unpack()  # what moves or changes its dtype is what is stored
+        super()._apply(fn, recurse)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        held = self._buffers[self.weight_name]
+        self._buffers[self.weight_name] = self.stored_weight()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self._buffers[self.weight_name] = held
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For ``copy`` and ``pickle``: without the run-time layout."""
+        buffers = self._buffers | {self.weight_name: self.stored_weight()}
+        return self.__dict__ | {"_buffers": buffers, "runtime": None}
 
     @property
     def inputs(self) -> LayerInputs:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.models.architectures import ARCHITECTURES
+
+Made = TypeVar("Made")
 
 
 class SharedInput:
@@ -18,18 +21,19 @@ class SharedInput:
     def __init__(self, readers: int) -> None:
         self._readers = readers
         self._left = 0
-        self._last: tuple[Tensor, int, Tensor] | None = None
+        self._last: tuple[Tensor, int, str, Any] | None = None
 
-    def of(self, x: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        """``make()``, or what it returned to another reader of this very tensor."""
+    def of(self, x: Tensor, make: Callable[[], Made], kind: str = "values") -> Made:
+        """``make()``, or what it returned to another reader of this very tensor that wants the same ``kind`` of it."""
         if torch.compiler.is_compiling():  # a compiler sees by itself what is computed twice
             return make()
         version = 0 if x.is_inference() else x._version  # counts what was done to x in place
-        if self._last is not None and self._last[0] is x and self._last[1] == version:
-            made, self._left = self._last[2], self._left - 1
+        made: Made
+        if self._last is not None and self._last[0] is x and self._last[1:3] == (version, kind):
+            made, self._left = self._last[3], self._left - 1
         else:
             made, self._left = make(), self._readers - 1
-            self._last = x, version, made
+            self._last = x, version, kind, made
         if self._left <= 0:
             self._last = None  # held no longer than needed
         return made

@@ -1,4 +1,5 @@
-"""What is learned about a block by ``flatquant``: matrices and scales of its inputs, limits of its weights and inputs.
+"""What is learned about a block by ``flatquant``: matrices and scales of its inputs, limits of its weights and inputs,
+and of keys and values (``keys.py``).
 
     y = W @ x   becomes   y = ((W / c) @ P**-1) @ (P @ (x * c))        P.T = left (x) right        c: [in_features]
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +25,7 @@ from quantkit.kernels.reference import fake_quantize
 from quantkit.learn.changes import FEWEST_ROWS, Change
 from quantkit.learn.fake_quant import LARGEST_START, Clip, InputRounding, round_weight, search_factors
 from quantkit.learn.functional import Tensors, fold_matrix, fold_site
+from quantkit.learn.keys import caches_of
 from quantkit.learn.loop import Group
 from quantkit.learn.matrices import Matrix, start_matrix
 from quantkit.models.block import Site
@@ -43,7 +45,7 @@ _SHARES = tuple(1 - step / 20 for step in range(11))
 _MOST_ROWS = 4096
 """Inputs that such a share is judged by; of the experts of a block together."""
 
-Kind = Literal["weights", "inputs"]
+Kind = Literal["weights", "inputs", "cache"]
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ class FlatBlock:
         self.inputs: dict[str, InputRounding] = {}
         """Linear -> what is done to its input; the linears of a place have it in common."""
         self._places = [self._start_of(place) for place in places(situation.block.sites, situation.linears)]
+        wanted = config.keys and situation.kv is not None and situation.kv.learned_clips
+        self._caches = caches_of(lesson.module, self._matrices_of) if wanted else []
         self._clips: dict[str, Clip] = {}
         clipped = config.weight_clip and situation.rounding == "rtn"
         for name in filter(self._seen, situation.linears if clipped else ()):
@@ -170,14 +174,7 @@ class FlatBlock:
         return own
 
     def _start_matrices(self, own: PlaceParameters) -> None:
-        place, config, block = own.place, self._config, self._situation.block
-        seed = zlib.crc32(f"{self._situation.seed} {block.index} {place.label}".encode())
-        generator = torch.Generator().manual_seed(seed)
-
-        def matrix(size: int, heads: int = 1) -> Matrix:
-            starts = [start_matrix(config.matrix_start, size, generator) for _ in range(heads)]
-            return Matrix(torch.stack(starts), config.parameterisation)
-
+        place, matrix = own.place, self._matrices_of(own.place.label)
         width = self._base[f"{place.linears[0]}.weight"].shape[1]
         left = kronecker_left(place.sites, place.linears[0], width)
         own.right_width = width // left
@@ -194,6 +191,18 @@ class FlatBlock:
             own.left, own.right = matrix(left), matrix(width // left)
         else:
             self._situation.note(f"flatquant: {place.label} has {width} channels, a prime: they are scaled, not mixed.")
+
+    def _matrices_of(self, label: str) -> Callable[..., Matrix]:
+        """A function (size, heads = 1) that draws one matrix after the other for what is called ``label``."""
+        config, situation = self._config, self._situation
+        seed = zlib.crc32(f"{situation.seed} {situation.block.index} {label}".encode())
+        generator = torch.Generator().manual_seed(seed)
+
+        def matrix(size: int, heads: int = 1) -> Matrix:
+            starts = [start_matrix(config.matrix_start, size, generator) for _ in range(heads)]
+            return Matrix(torch.stack(starts), config.parameterisation)
+
+        return matrix
 
     def _scale_of(self, site: Site) -> Change:
         """c to start with; half of the channels have more than 1."""
@@ -216,8 +225,18 @@ class FlatBlock:
             free = self._base[f"{site.producer}.weight"] + site.norm_offset != 0
         return Change(site, found, None, torch.ones_like(found), free)
 
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The limits that there may be."""
+        return ("weights", "inputs", "cache") if self._caches else ("weights", "inputs")
+
     def start_limits(self, kind: Kind, share: float) -> None:
-        """Put the limits of all weights or inputs where a search has them, or a ``share`` of the way there."""
+        """Put the limits of all weights or inputs, or of keys and values, where a search has them, or a ``share`` of
+        the way there."""
+        if kind == "cache":
+            for cache in self._caches:
+                cache.start_shares(share)
+            return
         with torch.no_grad():
             if kind == "weights":
                 for name, clip in self._clips.items():
@@ -266,13 +285,19 @@ class FlatBlock:
         shares = [own.shares for own in self._places if own.shares is not None]
         limits = [clip.logits for clip in self._clips.values()]
         matrices = [parameter for own in self._places for parameter in own.parameters()]
+        for cache in self._caches:
+            shares.append(cache.shares)
+            matrices += [] if cache.matrix is None else cache.matrix.parameters()
         return [Group("flat", matrices, config.lr), Group("clip", [*limits, *shares], config.lr_clip)]
 
     def tensors(self) -> Tensors:
-        """What takes the place of the block's tensors, with gradients; sets what is done to inputs as well."""
+        """What takes the place of the block's tensors, with gradients; sets what is done to inputs, keys and values as
+        well."""
         device = next(iter(self._base.values())).device.type
         with torch.autocast(device, enabled=False):  # a matrix and its inverse belong together to float32
             tensors, undoings = self._folded()
+            for cache in self._caches:
+                cache.use()
             for name, undo in undoings.items():
                 # Its steps are computed once more on the way back: what they leave is many times the weight.
                 tensors[f"{name}.weight"] = checkpoint(
@@ -287,10 +312,16 @@ class FlatBlock:
 
     def plain_tensors(self) -> Tensors:
         """The weights rounded to nearest, nothing else changed."""
+        self.leave()
         for hook in self.inputs.values():
             hook.scale, hook.op, hook.clip = None, LayerInputs(), None
         names = [f"{name}.weight" for name in self._situation.linears]
         return {name: self._rounded(name.removesuffix(".weight"), self._base[name]) for name in names}
+
+    def leave(self) -> None:
+        """Make the lesson's module keep keys and values as it did before anything was learned."""
+        for cache in self._caches:
+            cache.leave()
 
     def _rounded(self, name: str, weight: Tensor) -> Tensor:
         return round_weight(weight, self._situation.weights_of(name), self._situation.scale_dtype)
@@ -347,6 +378,7 @@ class FlatBlock:
                 low, high = clip.ends(tensors[f"{name}.weight"])
                 limits[name] = low, high
                 facts.append({"linear": name, "limit_mean": float(clip.logits.sigmoid().mean())})
+        facts += [{"attention": cache.path, **cache.facts()} for cache in self._caches]
         return Solution(
             sites={name: SiteChange(scale) for name, scale in scales.items() if name in known},
             linears={name: scale for name, scale in scales.items() if name not in known},
@@ -354,6 +386,7 @@ class FlatBlock:
             ops=ops,
             clips=clips,
             limits=limits,
+            kv={cache.path: cache.learned() for cache in self._caches},
             facts=facts,
         )
 

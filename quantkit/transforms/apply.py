@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.formats.kv import LearnedKV
 from quantkit.formats.layer import LayerInputs
 from quantkit.kernels import online
 from quantkit.models.block import Block, Site
@@ -39,6 +40,8 @@ class Transformed:
     """Linear -> factor [in_features], float64, by which its columns were divided in all, before any matrix."""
     limits: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """As in ``Solution``."""
+    kv: dict[str, LearnedKV] = field(default_factory=dict)
+    """Attention -> what was learned about its keys and values, as it is stored; left out: nothing."""
     facts: list[dict[str, Any]] = field(default_factory=list)
     """Lines of the run record."""
 
@@ -75,6 +78,8 @@ class Transformed:
         for name, clip in solution.clips.items():
             if name not in lost:
                 self._apply_clip(method, name, clip)
+        for path, learned in solution.kv.items():
+            self._apply_kv(method, path, learned.to(self.dtype))
         self.facts += [{"method": method, **fact} for fact in solution.facts]
 
     def input_of(self, name: str) -> LayerInputs:
@@ -169,10 +174,20 @@ class Transformed:
 
     def _apply_clip(self, method: str, name: str, clip: Tensor) -> None:
         stored = clip.to(self.dtype)
-        if bool(((stored > 0) & (stored <= 1)).all()):
+        if _are_shares(stored):
             self.inputs[name] = replace(self.input_of(name), clip=stored)
         else:
             self._left_out(method, name, "shares of a range that are not above 0 and at most 1", "nothing is clipped")
+
+    def _apply_kv(self, method: str, path: str, learned: LearnedKV) -> None:
+        if not (_are_shares(learned.key_clip) and _are_shares(learned.value_clip)):
+            problem = "shares of a range that are not above 0 and at most 1"
+        elif learned.key_matrix is not None and not _is_invertible(learned.key_matrix):
+            problem = "no matrix for keys that has an inverse"
+        else:
+            self.kv[path] = learned
+            return
+        self._left_out(method, path, problem, "nothing is changed about keys and values")
 
     def _changed_inputs(self, solution: Solution) -> set[str]:
         """Linears whose input becomes something else."""
@@ -225,3 +240,12 @@ class Transformed:
 
     def _left_out(self, method: str, where: str, problem: str, done: str = "nothing is transformed") -> None:
         self.warn(f"{self.block.prefix}{where}: {method} found {problem}; {done} there.")
+
+
+def _are_shares(clip: Tensor) -> bool:
+    return bool(((clip > 0) & (clip <= 1)).all())
+
+
+def _is_invertible(matrix: Tensor) -> bool:
+    _, failed = torch.linalg.inv_ex(matrix.double())
+    return bool(matrix.isfinite().all()) and not bool(failed)

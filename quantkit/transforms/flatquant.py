@@ -5,8 +5,10 @@
 P (eq. 2, 3) is applied at run time, as two small matrices to either side of an input that is read as a matrix; c is
 folded into what makes the signal. Values are multiplied by a matrix per key/value head that is folded into v and o;
 of the input of o only the heads are mixed at run time, so that its ``right`` is the identity. Weights and inputs are
-limited to learned shares of their ranges, behind all of that. Everything is trained by the error of the block's output
-with rounded weights and inputs, against that of the float block (eq. 4). Differences from the authors' code:
+limited to learned shares of their ranges, behind all of that. Where keys and values are quantised, so are they, and
+keys are multiplied by a learned matrix on their way into the cache (``learn/keys.py``). Everything is trained by the
+error of the block's output with all that is rounded, against that of the float block (eq. 4). Differences from the
+authors' code:
 
   - P starts as a Hadamard matrix and c where both errors weigh the same, limits where a search has them: fewer steps.
   - c and the stretch of P are learned as logarithms, so nothing crosses 0; there is no weight decay.
@@ -29,7 +31,7 @@ import torch
 from pydantic import Field, model_validator
 
 from quantkit.learn.block import BlockLearner, BlockOptions
-from quantkit.learn.flat import FlatBlock, Kind, places
+from quantkit.learn.flat import FlatBlock, places
 from quantkit.learn.matrices import Parameterisation, Start
 from quantkit.models.block import Site
 from quantkit.transforms.interface import InputOp, Online, Situation, Solution
@@ -58,6 +60,9 @@ class Config(BlockOptions):
     diagonal: bool = Field(True, description="learn scales of channels in front of them")
     weight_clip: bool = Field(True, description="learn limits for the weights; only before rtn")
     activation_clip: bool = Field(True, description="learn limits for the inputs; only dynamic activations")
+    keys: bool = Field(
+        True, description="learn matrices for keys that would be rotated, and limits of keys and values; only with KV"
+    )
     parameterisation: Parameterisation = Field("direct", description="of the matrices: themselves, or as U S V")
     matrix_start: Start = Field(
         "hadamard", description="matrices to start with: Hadamard, uniformly random, or the authors' half mixed ones"
@@ -92,7 +97,7 @@ def online(sites: Iterable[Site], linears: Collection[str], config: Config) -> O
 
 
 def solve(situation: Situation, config: Config) -> Solution:
-    """Matrices, scales and limits of a block, or nothing if round to nearest is no worse."""
+    """Matrices, scales and limits of a block and its cache, or nothing if round to nearest is no worse."""
     observed = situation.observed
     assert observed is not None
     assert observed.lesson is not None
@@ -103,21 +108,24 @@ def solve(situation: Situation, config: Config) -> Solution:
             learned = FlatBlock(situation, config, observed, lesson)
             if not any(group.parameters for group in learned.groups()):
                 situation.note(
-                    "flatquant has nothing to learn in some blocks: see its options matrices, diagonal, weight_clip "
-                    "and activation_clip."
+                    "flatquant has nothing to learn in some blocks: see its options matrices, diagonal, weight_clip, "
+                    "activation_clip and keys."
                 )
                 return Solution()
             learner = BlockLearner(situation, config, lesson, learned)
-            if config.clip_start == "wide":
-                return learner.run()
-            return learner.run(lambda samples: _choose_limits(learner, learned, samples[:_START_SAMPLES]))
+            try:
+                if config.clip_start == "wide":
+                    return learner.run()
+                return learner.run(lambda samples: _choose_limits(learner, learned, samples[:_START_SAMPLES]))
+            finally:
+                learned.leave()
 
 
 def _choose_limits(learner: BlockLearner, learned: FlatBlock, samples: Sequence[int]) -> None:
-    """Start with the searched limits of all weights, then of all inputs, or half of them, if that is better."""
+    """Start with the searched limits of all weights, then of all inputs, then of keys and values, or half of them, if
+    that is better."""
     least = learner.loss(samples)
-    kinds: tuple[Kind, ...] = ("weights", "inputs")
-    for kind in kinds:
+    for kind in learned.kinds:
         best = 0.0
         for share in (0.5, 1.0):
             learned.start_limits(kind, share)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from quantkit.formats.kv import KVFormat, LearnedKV
 from quantkit.formats.layer import LayerInputs
 from quantkit.kernels.online import kronecker_split
 from quantkit.models.block import Block, Site
@@ -78,6 +79,8 @@ class Situation:
     seed: int
     observed: Observed | None
     """None for a method that wants neither statistics nor data."""
+    kv: KVFormat | None = None
+    """How the run keeps keys and values, and whether that is to be learned; None: in full precision."""
     note: Callable[[str], None] = field(default=lambda text: None)
     """Tell the user something about this model, once per run and text."""
 
@@ -124,6 +127,9 @@ class Solution:
     clips: Mapping[str, Tensor] = field(default_factory=dict)
     """Linear name -> shares [2] of either end of the range of its input, as ``LayerInputs.clip``, once everything above
     is applied. Linears that read one tensor should have one in common. Dynamic activations only."""
+    kv: Mapping[str, LearnedKV] = field(default_factory=dict)
+    """Path of an attention -> what was learned about its keys and values, once everything above is applied. Only what
+    ``Situation.kv`` says is to be learned."""
     facts: list[dict[str, Any]] = field(default_factory=list)
     """JSON-ready lines for the run record, one per site or linear: ``site`` or ``linear``, losses before and after,
     what was chosen."""

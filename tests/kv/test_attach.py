@@ -257,3 +257,12 @@ def test_every_attention_is_found_once(name):
     model = make_tiny(TINY[name]())
     assert [one.layer for one in attentions(model)] == list(range(model.config.num_hidden_layers))
     assert bool(why_not(model)) == (name not in CAUSAL)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama"])
+def test_a_block_that_knows_its_number_is_no_attention(name):
+    """It passes the cache on, whether the search starts above it or at it."""
+    model = make_tiny(TINY[name]())
+    assert [one.path for one in attentions(model.model.layers[0])] == ["self_attn"]
+    assert [one.path for one in attentions(model.model.layers[0].self_attn)] == [""]
+    assert len(attentions(model)) == 2

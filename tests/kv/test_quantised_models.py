@@ -68,7 +68,7 @@ def test_the_cache_holds_what_the_scheme_says(source, tmp_path, name):
     out = tmp_path / "out"
     quantkit.quantize(str(source(name)), output=out, method="rtn", scheme="W4A16KV8G32")
     assert block_of(out)["kv_cache"] == {
-        "bits": 8, "symmetric": False, "clip": 1.0, "key_transform": "none", "seed": 0
+        "bits": 8, "symmetric": False, "clip": 1.0, "key_transform": "none", "seed": 0, "learned_clips": False
     }  # fmt: skip
     dense = load_tiny(dense_copy(out, tmp_path / "dense"))
     model, _ = quantkit.load(out)
@@ -173,7 +173,7 @@ def test_a_recipe_may_set_everything(source, tmp_path):
     recipe = {"scheme": {"weights": {"bits": 4, "group_size": 32}, "kv": kv}, "steps": ["rtn"], "seed": 3}
     quantkit.quantize(str(source("llama")), output=tmp_path / "out", recipe=recipe)
     block = block_of(tmp_path / "out")
-    assert block["kv_cache"] == kv | {"seed": 3}
+    assert block["kv_cache"] == kv | {"seed": 3, "learned_clips": False}
     kept = read_kv(block)
     assert kept is not None
     assert kept.describe() == "5-bit codes, a step per token and head, 0.9 of the range; keys rotated (hadamard)"

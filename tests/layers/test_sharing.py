@@ -114,3 +114,17 @@ def test_kept_for_this_very_tensor_and_no_longer(inference: bool) -> None:
         if not inference:
             x.add_(1)
             assert torch.equal(of(x), torch.full((2,), 2.0))
+
+
+def test_integers_are_shared_apart_from_values() -> None:
+    """A layer whose kernel takes codes and one whose kernel takes values may read one tensor in turns."""
+    shared, x = SharedInput(3), torch.ones(2)
+    made: list[str] = []
+
+    def make(kind: str) -> Callable[[], str]:
+        return lambda: made.append(kind) or kind  # type: ignore[func-returns-value]
+
+    assert [shared.of(x, make(kind), kind) for kind in ("codes", "codes", "values")] == ["codes", "codes", "values"]
+    assert made == ["codes", "values"]
+    assert shared.of(torch.zeros(2), make("codes"), "codes") == "codes"
+    assert made == ["codes", "values", "codes"]

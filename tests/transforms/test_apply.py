@@ -10,6 +10,7 @@ from opened import Opened, sample_ids
 from tiny_models import TINY
 from torch import Tensor
 
+from quantkit.formats.kv import LearnedKV
 from quantkit.formats.layer import LayerFormat, LayerInputs
 from quantkit.layers.simulate import simulate_inputs
 from quantkit.models.block import Block
@@ -219,6 +220,34 @@ def test_shares_that_are_none_are_left_out_with_a_warning(tiny, clip):
         "model.layers.0.mlp.up_proj: one found shares of a range that are not above 0 and at most 1; nothing is "
         "clipped there."
     ]
+
+
+@pytest.mark.parametrize(
+    ("learned", "problem"),
+    [
+        (LearnedKV(torch.ones(2), torch.ones(2), torch.zeros(16, 16)), "no matrix for keys that has an inverse"),
+        (LearnedKV(torch.ones(2), torch.ones(2), torch.eye(16) * torch.nan), "no matrix for keys that has an inverse"),
+        (LearnedKV(torch.tensor([0.5, 1.5]), torch.ones(2)), "shares of a range that are not above 0 and at most 1"),
+        (
+            LearnedKV(torch.ones(2), torch.tensor([torch.nan, 1.0])),
+            "shares of a range that are not above 0 and at most 1",
+        ),
+    ],
+)
+def test_unsound_keys_and_values_are_left_out_with_a_warning(tiny, learned, problem):
+    model = Opened(tiny("llama"))
+    block = model.skeleton.read_block(0, model.checkpoint)
+    warnings = []
+    state = Transformed(block, model.linears(0), torch.bfloat16, warnings.append)
+    sound = LearnedKV(torch.tensor([0.9, 0.8]), torch.ones(2), torch.eye(16) / 3)
+    state.apply("one", Solution(kv={"self_attn": sound}))
+    assert {tensor.dtype for tensor in state.kv["self_attn"].tensors().values()} == {torch.bfloat16}  # as stored
+    state.kv.clear()
+    state.apply("one", Solution(kv={"self_attn": learned}))
+    assert warnings == [
+        f"model.layers.0.self_attn: one found {problem}; nothing is changed about keys and values there."
+    ]
+    assert not state.kv
 
 
 def test_limits_of_weights_that_are_rotated_are_given_up(tiny):

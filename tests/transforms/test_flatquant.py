@@ -321,8 +321,8 @@ def test_nothing_is_learned_where_nothing_is_lost_or_asked_for(source: Source) -
         assert not solve(lesson, epochs=1).limits  # gptq chooses its ranges itself
         assert solve(lesson, matrices=False, diagonal=False, activation_clip=False) == Solution()
         assert said == [
-            "flatquant has nothing to learn in some blocks: see its options matrices, diagonal, weight_clip and "
-            "activation_clip."
+            "flatquant has nothing to learn in some blocks: see its options matrices, diagonal, weight_clip, "
+            "activation_clip and keys."
         ]
 
 

@@ -44,9 +44,7 @@ def test_as_many_workers_as_you_like_and_the_same_bytes(source: Path, tmp_path: 
     assert any(fact.get("accepted") for rows in facts[0] for fact in rows)
 
 
-def test_goes_on_behind_the_blocks_that_are_done(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_goes_on_behind_the_blocks_that_are_done(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"recipe": RECIPE | {"steps": [LEARNED, "gptq"]}, "block_parallel": 1}
     quantkit.quantize(str(source), output=tmp_path / "whole", **settings)
     write = writer.CheckpointWriter.write_shard

@@ -32,7 +32,7 @@ from quantkit.recipe import PER_CHANNEL
 if TYPE_CHECKING:
     from quantkit.layers.quant_linear import QuantLinear
 
-FEW_ROWS = 32
+FEW_ROWS = 96
 """Rows of x up to which the operator is faster than unpacking; ``quantkit bench kernels`` shows where they cross."""
 
 _GROUPS = (256, 128, 64, 32)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import save_tiny
+from tiny_tokenizer import VOCABULARY, save_tokenizer
 
 from quantkit.kernels import dispatch
 
@@ -37,5 +38,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             folders[name, dtype] = tmp_path_factory.mktemp(name)
             save_tiny(name, folders[name, dtype], dtype)
         return folders[name, dtype]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``source(name, dtype=torch.float32)`` -> folder of that tiny model with a tokenizer, not to be written to."""
+    root = tmp_path_factory.mktemp("sources")
+
+    def folder(name: str, dtype: torch.dtype = torch.float32) -> Path:
+        path = root / f"{name}-{dtype}"
+        if not path.exists():
+            save_tiny(name, path, dtype, vocab_size=VOCABULARY)
+            save_tokenizer(path)
+        return path
 
     return folder

@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_pipeline import dense_copy
-from tiny_models import TINY, save_tiny
-from tiny_tokenizer import VOCABULARY, save_tokenizer
+from tiny_models import TINY
 
 import quantkit
 from quantkit.calibrate.text import load_text
@@ -20,20 +19,6 @@ from quantkit.formats import writer
 from quantkit.formats.writer import read_record
 
 CALIBRATION = {"nsamples": 12, "seqlen": 24, "batch_size": 5}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """Name of a tiny model -> a folder of it with a tokenizer."""
-    root = tmp_path_factory.mktemp("sources")
-
-    def folder(name: str) -> Path:
-        if not (root / name).exists():
-            save_tiny(name, root / name, vocab_size=VOCABULARY)
-            save_tokenizer(root / name)
-        return root / name
-
-    return folder
 
 
 def rows(folder: Path) -> list[dict]:

@@ -198,25 +198,11 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     assert whole.read_bytes() != (tmp_path / "other" / "model.safetensors").read_bytes()
 
 
-@pytest.fixture(scope="module")
-def readable(tmp_path_factory):
-    """Name -> folder of that tiny model with a tokenizer."""
-    root = tmp_path_factory.mktemp("readable")
-
-    def folder(name: str) -> Path:
-        if not (root / name).exists():
-            save_tiny(name, root / name, vocab_size=VOCABULARY)
-            save_tokenizer(root / name)
-        return root / name
-
-    return folder
-
-
 @pytest.mark.parametrize("name", ["qwen3", "opt", "gpt_neox", "qwen2_moe"])
-def test_learned_rotations_leave_the_function(readable, tmp_path, name):
+def test_learned_rotations_leave_the_function(source, tmp_path, name):
     recipe = request("W8A8", learn_steps=12) | {"calibration": CALIBRATION}
-    quantkit.quantize(str(readable(name)), output=tmp_path / "out", recipe=recipe)
-    expected = fresh_logits.logits_of("in-process", readable(name))
+    quantkit.quantize(str(source(name)), output=tmp_path / "out", recipe=recipe)
+    expected = fresh_logits.logits_of("in-process", source(name))
     assert typical(fresh_logits.logits_of("quantkit", tmp_path / "out"), expected) < 0.05
     assert not list((tmp_path / "out").glob("*.tmp"))
     report = inspect_checkpoint(tmp_path / "out")
@@ -232,10 +218,10 @@ def test_learned_rotations_leave_the_function(readable, tmp_path, name):
     assert all(fact["loss"] <= fact["loss_before"] for fact in facts)
 
 
-def test_a_learned_rotation_is_learned_once(readable, tmp_path, monkeypatch):
+def test_a_learned_rotation_is_learned_once(source, tmp_path, monkeypatch):
     """A run that goes on takes up the rotation that its first blocks were written in."""
     recipe = request("W4A4", learn_steps=8) | {"calibration": CALIBRATION}
-    source = str(readable("gpt_neox"))
+    source = str(source("gpt_neox"))
     quantkit.quantize(source, output=tmp_path / "whole", recipe=recipe)
 
     def stop_at_the_second_block(self, key, *rest):

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_pipeline import dense_copy
 from tiny_models import TINY, load_tiny, save_tiny
-from tiny_tokenizer import VOCABULARY, save_tokenizer
 from torch import Tensor
 
 import quantkit
@@ -37,20 +36,6 @@ FOLDED = (
 """Linears that read values, which are rotated within their heads before."""
 ONLINE = [{"method": "hadamard", "options": {"residual": "never"}}, "rtn"]
 CALIBRATION = {"nsamples": 8, "seqlen": 16, "batch_size": 3}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """Name of a tiny model -> a folder of it with a tokenizer."""
-    root = tmp_path_factory.mktemp("sources")
-
-    def folder(name: str) -> Path:
-        if not (root / name).exists():
-            save_tiny(name, root / name, vocab_size=VOCABULARY)
-            save_tokenizer(root / name)
-        return root / name
-
-    return folder
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -5,26 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from opened import Opened
-from tiny_models import TINY, save_tiny
-from tiny_tokenizer import VOCABULARY, save_tokenizer
+from tiny_models import TINY
 
 from quantkit.calibrate.replay import Replay, Substitute, owner_of
 from quantkit.calibrate.session import Session
 from quantkit.pipeline import prepare
 from quantkit.presets import expand
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    root = tmp_path_factory.mktemp("replay")
-
-    def folder(name):
-        if not (root / name).exists():
-            save_tiny(name, root / name, vocab_size=VOCABULARY)
-            save_tokenizer(root / name)
-        return root / name
-
-    return folder
 
 
 def session_of(folder, batch_size=3, nsamples=7):

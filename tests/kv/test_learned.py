@@ -44,13 +44,6 @@ ONLY_KEYS = {"matrices": False, "diagonal": False, "weight_clip": False, "activa
 PROMPT = fresh_logits.PROMPT
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """Name of a tiny model -> a folder of it with a tokenizer."""
-    root = tmp_path_factory.mktemp("sources")
-    return lambda name: save_source(name, root)
-
-
 def facts(folder: Path, key: str) -> list[dict[str, Any]]:
     """Lines about the transforms of the blocks that have ``key``."""
     events = [event for event in read_record(folder / RUN_RECORD) if "block" in event]

@@ -12,8 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_pipeline import dense_copy, fresh
-from tiny_models import CAUSAL, load_tiny, save_tiny
-from tiny_tokenizer import VOCABULARY, save_tokenizer
+from tiny_models import CAUSAL, load_tiny
 from torch import Tensor
 from transformers import DynamicCache
 from typer.testing import CliRunner
@@ -27,20 +26,6 @@ from quantkit.formats.writer import read_record
 from quantkit.kv.cache import QuantisedLayer
 
 CALIBRATION = {"nsamples": 8, "seqlen": 24, "batch_size": 4}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """Name of a tiny model -> a folder of it with a tokenizer."""
-    root = tmp_path_factory.mktemp("sources")
-
-    def folder(name: str) -> Path:
-        if not (root / name).exists():
-            save_tiny(name, root / name, vocab_size=VOCABULARY)
-            save_tokenizer(root / name)
-        return root / name
-
-    return folder
 
 
 def block_of(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from unittest.mock import patch
 import pytest
 import torch
 from folded import IDS, Folded
-from looked import save_source
 from taught import Taught, taught
 from tiny_models import TINY, load_tiny
 from torch import Tensor, nn
@@ -23,13 +22,6 @@ from quantkit.models.block import Site
 from quantkit.transforms import flatquant
 
 Source = Callable[[str], Path]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """Name of a tiny model -> a folder of it with a tokenizer."""
-    root = tmp_path_factory.mktemp("sources")
-    return lambda name: save_source(name, root)
 
 
 def flat_block(lesson: Taught, **options: Any) -> FlatBlock:

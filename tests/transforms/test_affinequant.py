@@ -14,7 +14,7 @@ import fresh_logits
 import pytest
 import torch
 from folded import Folded
-from looked import CALIBRATION, check_reload, facts_of, save_source
+from looked import CALIBRATION, check_reload, facts_of
 from opened import sample_ids
 from safetensors.torch import load_file, save_file
 from taught import Taught, check_resumed, scatter, taught
@@ -41,13 +41,6 @@ from quantkit.transforms.interface import Solution
 Source = Callable[[str], Path]
 DENSE: dict[str, Any] = {"norm_transform": "dense_online"}
 ANY = LayerFormat(weights=WeightScheme(bits=4, group_size=-1, symmetric=True))
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """Name of a tiny model -> a folder of it with a tokenizer."""
-    root = tmp_path_factory.mktemp("sources")
-    return lambda name: save_source(name, root)
 
 
 # --- the function stays ----------------------------------------------------------------------------------------------

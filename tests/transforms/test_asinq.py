@@ -9,7 +9,7 @@ from typing import Literal
 import fresh_logits
 import pytest
 import torch
-from looked import CALIBRATION, check_reload, facts_of, gaussian, looking, save_source, toy, weights_of
+from looked import CALIBRATION, check_reload, facts_of, gaussian, looking, toy, weights_of
 from tiny_models import TINY
 from torch import Tensor
 
@@ -19,13 +19,6 @@ from quantkit.transforms import asinq, sinq
 
 Source = Callable[[str], Path]
 SCALES, SINQ = asinq.Config(clip=False), sinq.Config()
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """Name of a tiny model -> a folder of it with a tokenizer."""
-    root = tmp_path_factory.mktemp("sources")
-    return lambda name: save_source(name, root)
 
 
 def spread(gamma: float, columns: int = 256) -> tuple[Tensor, Tensor]:

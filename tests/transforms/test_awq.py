@@ -17,7 +17,6 @@ from looked import (
     gaussian,
     group_errors,
     looking,
-    save_source,
     toy,
     weights_of,
 )
@@ -36,13 +35,6 @@ from quantkit.transforms import awq
 
 Source = Callable[[str], Path]
 QUICK = awq.Config(steps=10, search_tokens=120)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """Name of a tiny model -> a folder of it with a tokenizer."""
-    root = tmp_path_factory.mktemp("sources")
-    return lambda name: save_source(name, root)
 
 
 def plain_rounding(scheme: WeightScheme) -> Callable[[Tensor], Tensor]:

@@ -12,7 +12,7 @@ import fresh_logits
 import pytest
 import torch
 from folded import Folded
-from looked import CALIBRATION, save_source
+from looked import CALIBRATION
 from safetensors.torch import load_file
 from taught import Taught, check_resumed
 from taught import taught as taught_for
@@ -43,13 +43,6 @@ UNCOVERED = {"bloom", "gpt_neox", "bert", "bert_classifier"}
 MIXTURES = {"mixtral", "qwen2_moe", "qwen3_moe"}
 """Tiny models in which a block may be left as it is: tokens may go to other experts whatever is done."""
 ANY = LayerFormat(weights=WeightScheme(bits=4, group_size=-1, symmetric=True))
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """Name of a tiny model -> a folder of it with a tokenizer."""
-    root = tmp_path_factory.mktemp("sources")
-    return lambda name: save_source(name, root)
 
 
 @pytest.fixture(scope="module")

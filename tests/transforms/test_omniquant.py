@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from looked import CALIBRATION, check_reload, facts_of, save_source
+from looked import CALIBRATION, check_reload, facts_of
 from taught import check_resumed, scatter, taught
 from tiny_models import TINY
 
@@ -20,13 +20,6 @@ from quantkit.transforms.apply import Transformed
 from quantkit.transforms.interface import Solution
 
 Source = Callable[[str], Path]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """Name of a tiny model -> a folder of it with a tokenizer."""
-    root = tmp_path_factory.mktemp("sources")
-    return lambda name: save_source(name, root)
 
 
 # --- one block -------------------------------------------------------------------------------------------------------

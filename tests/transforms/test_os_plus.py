@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file
 from situations import situation
 from test_pipeline import dense_copy
-from tiny_models import TINY, save_tiny
-from tiny_tokenizer import VOCABULARY, save_tokenizer
+from tiny_models import TINY
 from torch import Tensor, nn
 
 import quantkit
@@ -405,20 +404,6 @@ def test_the_faithful_preset_transforms_what_the_released_code_does():
 
 
 # --- from source folder to reloaded checkpoint -----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """Name of a tiny model -> a folder of it with a tokenizer."""
-    root = tmp_path_factory.mktemp("sources")
-
-    def folder(name: str) -> Path:
-        if not (root / name).exists():
-            save_tiny(name, root / name, vocab_size=VOCABULARY)
-            save_tokenizer(root / name)
-        return root / name
-
-    return folder
 
 
 def facts(folder: Path) -> list[dict[str, Any]]:

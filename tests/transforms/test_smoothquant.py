@@ -6,8 +6,7 @@ import fresh_logits
 import pytest
 import torch
 from test_pipeline import dense_copy
-from tiny_models import TINY, save_tiny
-from tiny_tokenizer import VOCABULARY, save_tokenizer
+from tiny_models import TINY
 
 import quantkit
 from quantkit.formats.writer import read_record
@@ -30,19 +29,6 @@ def test_alpha_decides_which_side_is_flat():
 def test_a_channel_that_is_zero_is_left_alone():
     scale = smoothing_scale(torch.tensor([0.0, 2.0, 3.0]), torch.tensor([1.0, 0.0, 1.0]), 0.5)
     torch.testing.assert_close(scale, torch.tensor([1.0, 1.0, 3.0**0.5]))
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    root = tmp_path_factory.mktemp("smoothquant")
-
-    def folder(name):
-        if not (root / name).exists():
-            save_tiny(name, root / name, vocab_size=VOCABULARY)
-            save_tokenizer(root / name)
-        return root / name
-
-    return folder
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_pipeline import dense_copy
-from tiny_models import TINY, load_tiny, save_tiny
-from tiny_tokenizer import VOCABULARY, save_tokenizer
+from tiny_models import TINY, load_tiny
 
 import quantkit
 from quantkit.formats import writer
@@ -21,21 +19,6 @@ from quantkit.formats.writer import read_record
 from quantkit.tuning import norm_tweaking
 
 CALIBRATION = {"nsamples": 12, "seqlen": 24, "batch_size": 5}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Name of a tiny model -> a folder of it with a tokenizer."""
-    root = tmp_path_factory.mktemp("sources")
-
-    def folder(name: str, dtype: torch.dtype = torch.float32) -> Path:
-        path = root / f"{name}-{dtype}"
-        if not path.exists():
-            save_tiny(name, path, dtype, vocab_size=VOCABULARY)
-            save_tokenizer(path)
-        return path
-
-    return folder
 
 
 def quantise(source: Path, output: Path, rounding: str, scheme: str, **settings: Any) -> dict[str, torch.Tensor]:

@@ -51,6 +51,7 @@ def quantize(
             ".txt/.jsonl/.parquet file or folder  [default: demo]"
         ),
     ] = None,
+    column: Annotated[str | None, typer.Option(help="column of the calibration text that is read")] = None,
     nsamples: Annotated[int | None, typer.Option(help="calibration windows  [default: 64]")] = None,
     seqlen: Annotated[int | None, typer.Option(help="tokens per calibration window  [default: 512]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="calibration windows per forward pass  [default: 8]")] = None,
@@ -86,6 +87,7 @@ def quantize(
 
     samples = {
         "source": calibration,
+        "column": column,
         "nsamples": nsamples,
         "seqlen": seqlen,
         "batch_size": batch_size,

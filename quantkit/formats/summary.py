@@ -67,10 +67,14 @@ def _change(facts: Iterable[Event]) -> str:
 
 
 def _of_transform(name: str, facts: Sequence[Event]) -> str:
-    changed = sum(1 for fact in facts if fact.get("loss", 0) < fact.get("loss_before", 1))
-    text = f"{name}: {changed} of {len(facts)} places changed"
-    change = _change(facts)
-    text += "" if change == "-" else f", error of the quantised output {change} (median)"
+    learned = [fact for fact in facts if "accepted" in fact]
+    if learned:  # one such line per block, beside those of its places
+        text = f"{name}: {_kept(learned)}"
+    else:
+        changed = sum(1 for fact in facts if fact.get("loss", 0) < fact.get("loss_before", 1))
+        change = _change(facts)
+        text = f"{name}: {changed} of {len(facts)} places changed"
+        text += "" if change == "-" else f", error of the quantised output {change} (median)"
     scales = [fact[key] for fact in facts for key in ("scale_min", "scale_max") if key in fact]
     return text + (f", scales {min(scales):.3g} to {max(scales):.3g}" if scales else "")
 
@@ -89,9 +93,10 @@ def _of_rounding(rows: Sequence[Event]) -> list[str]:
 
 
 def _of_tuning(tunings: Sequence[Event]) -> list[str]:
-    if not tunings:
-        return []
-    kept = sum(1 for tuned in tunings if tuned.get("accepted"))
-    text = f"{tunings[0]['method']}: kept in {kept} of {len(tunings)} blocks"
-    change = _change(tunings)
-    return [text + ("" if change == "-" else f", hold-out loss {change} (median)")]
+    return [f"{tunings[0]['method']}: {_kept(tunings)}"] if tunings else []
+
+
+def _kept(facts: Sequence[Event]) -> str:
+    """What came of learning, a fact per block."""
+    text, change = f"kept in {sum(bool(fact['accepted']) for fact in facts)} of {len(facts)} blocks", _change(facts)
+    return text if change == "-" else f"{text}, hold-out loss {change} (median)"

@@ -99,6 +99,10 @@ class _Measure:
     distance: float
     mse: float
 
+    def loss(self, mse_weight: float) -> float:
+        """What is minimised."""
+        return self.distance + mse_weight * self.mse
+
     def no_worse_than(self, other: _Measure) -> bool:
         return self.distance <= other.distance and self.mse <= other.mse  # False for NaN
 
@@ -236,7 +240,10 @@ class _Tweaking:
         norms = self._norms
         tensors = norms.changed(kept)
         changed, moved = norms.changed_share(kept), any(bool(d.any()) for d in kept.values())
+        judges = self._heldout or self._train
         facts |= {
+            "loss_before": self._mean(self._start, judges).loss(self._config.mse_weight),
+            "loss": self._mean(kept, judges).loss(self._config.mse_weight),
             "accepted": kept is not self._start,
             "skipped_steps": self._skipped,
             "max_delta": max(float(d.abs().max()) for d in kept.values()),

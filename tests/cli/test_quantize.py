@@ -78,3 +78,13 @@ def test_inspect_of_a_float_model_says_what_to_do(tiny):
     result = CliRunner().invoke(app, ["inspect", str(Path(tiny("llama")))])
     assert result.exit_code == 1
     assert "not quantised" in result.stderr
+
+
+def test_the_column_of_the_calibration_text_is_chosen(source, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"body": "' + "one two three " * 200 + '"}\n')
+    flags = [str(source("llama")), "--method", "gptq", "--scheme", "W4A16G32", "--calibration", str(text)]
+    flags += ["--nsamples", "2", "--seqlen", "8", "-o", str(tmp_path / "out")]
+    with pytest.raises(AssertionError, match=r"no column 'text'; its columns: body\. Choose one with --column\."):
+        run("quantize", *flags)
+    assert "reload checked" in run("quantize", *flags, "--column", "body")

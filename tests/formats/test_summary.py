@@ -1,6 +1,13 @@
 """What a run record is boiled down to."""
 
+import re
+
+import pytest
+from looked import CALIBRATION
+
+import quantkit
 from quantkit.formats.summary import block_rows, summarise
+from quantkit.formats.writer import RUN_RECORD, read_record
 
 
 def layer(error, damping=0.01, fallback=None):
@@ -54,3 +61,24 @@ def test_a_run_without_data_says_little_and_an_empty_record_nothing():
     }
     assert summarise([plain]) == ["blocks: 1.0 s each (median), slowest 0 with 1.0 s"]
     assert summarise([{"event": "begin"}]) == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "line"),
+    [
+        (["rtn", "norm-tweaking"], r"norm-tweaking: kept in \d of 2 blocks, hold-out loss \S+ -> \S+ \(median\)"),
+        (
+            [{"method": "omniquant", "options": {"epochs": 1, "let": "always"}}, "rtn"],
+            r"omniquant: kept in \d of 2 blocks, hold-out loss \S+ -> \S+ \(median\), scales \S+ to \S+",
+        ),
+        (
+            ["os-plus", "rtn"],
+            r"os-plus: \d+ of \d+ places changed, error of the quantised output .*, scales \S+ to \S+",
+        ),
+    ],
+)
+def test_methods_write_what_is_summed_up(source, tmp_path, steps, line):
+    recipe = {"scheme": "W3A8", "steps": steps, "calibration": CALIBRATION}
+    quantkit.quantize(str(source("llama")), output=tmp_path / "out", recipe=recipe)
+    record = read_record(tmp_path / "out" / RUN_RECORD)
+    assert any(re.fullmatch(line, found) for found in summarise(record)), summarise(record)

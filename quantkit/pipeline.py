@@ -7,11 +7,8 @@ blocks did in memory.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -37,6 +34,7 @@ from quantkit.models.source import load_config, resolve
 from quantkit.models.stream import BlockStream
 from quantkit.plan import Plan, make_plan
 from quantkit.presets import expand
+from quantkit.process import Clock, give_back_memory, peak_rss
 from quantkit.recipe import Recipe
 from quantkit.steps import bind_steps
 from quantkit.transforms.residual import fusion, obstacle
@@ -185,7 +183,7 @@ class _Run:
             captured = stream.capture(probe_ids(skeleton.config.vocab_size))
             hidden = captured.hidden
             for index in range(skeleton.num_blocks):
-                began = _Clock()
+                began = Clock()
                 float_states = None
                 if session and session.carries_float:
                     float_states = session.outputs(self.quantizer.float_module(index), "float")
@@ -208,7 +206,7 @@ class _Run:
                 if session and module:
                     session.advance(module, float_states)
                 del module
-                _give_back_memory()
+                give_back_memory()
                 self.on_progress("quantising", index + 1, skeleton.num_blocks)
             self._rest()
             logits = stream.logits(hidden, captured)
@@ -271,7 +269,7 @@ class _Run:
             self._note(text)
         return solved.solutions
 
-    def _commit(self, index: int, done: QuantisedBlock, began: _Clock) -> None:
+    def _commit(self, index: int, done: QuantisedBlock, began: Clock) -> None:
         event = {
             "block": index,
             "layers": done.rows,
@@ -369,19 +367,6 @@ class _Run:
             logger.warning(text)
 
 
-class _Clock:
-    """Stands at zero when it is made."""
-
-    def __init__(self) -> None:
-        self._wall, self._cpu = time.perf_counter(), time.process_time()
-
-    def elapsed(self) -> dict[str, float]:
-        """Seconds since then, and those that this process computed, all threads together: they depend less on what
-        else the machine does."""
-        wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
-        return {"seconds": round(wall, 3), "cpu_seconds": round(cpu, 3)}
-
-
 def _check_block_parallel(workers: int, plan: Plan) -> None:
     """
     Raises:
@@ -396,24 +381,6 @@ def _check_block_parallel(workers: int, plan: Plan) -> None:
 
 def _versions() -> dict[str, str]:
     return {"quantkit": quantkit.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-
-
-def _give_back_memory() -> None:
-    """Hand freed memory back to the system: what glibc keeps in its arenas would add up from block to block."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in musl
-        if trim is not None:
-            trim(0)
-
-
-def peak_rss() -> int:
-    """Largest resident set of this process so far, bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # what getrusage says on Linux begins with the size of the process that started this one
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _summary(result: Result) -> dict[str, Any]:

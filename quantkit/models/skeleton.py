@@ -15,10 +15,11 @@ from transformers.quantizers.base import HfQuantizer
 
 from quantkit.errors import QuantkitError
 from quantkit.layers.quant_experts import ExpertNames
-from quantkit.models.architectures import ARCHITECTURES, expert_shapes, query_key, refusals, sites
+from quantkit.models.architectures import ARCHITECTURES
 from quantkit.models.block import Block, LinearInfo, QueryKey, Site
 from quantkit.models.checkpoint import Checkpoint, TensorInfo
 from quantkit.models.names import NameMap
+from quantkit.models.sites import expert_shapes, query_key, refusals, sites
 from quantkit.models.source import auto_class
 
 

@@ -35,7 +35,8 @@ from torch import Tensor
 from quantkit.formats.layer import LayerInputs
 from quantkit.kernels import hadamard
 from quantkit.kernels.online import apply
-from quantkit.models.architectures import Residual, writers
+from quantkit.models.architectures import Residual
+from quantkit.models.sites import writers
 
 if TYPE_CHECKING:
     from quantkit.models.checkpoint import Checkpoint

@@ -8,10 +8,8 @@ The parameters, where they start, the tensors that the block has with them, and 
 
 from __future__ import annotations
 
-import re
 import zlib
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +26,7 @@ from quantkit.learn.functional import Tensors, fold_matrix, fold_site
 from quantkit.learn.keys import caches_of
 from quantkit.learn.loop import Group
 from quantkit.learn.matrices import Matrix, start_matrix
+from quantkit.learn.places import Place, PlaceParameters, places
 from quantkit.models.block import Site
 from quantkit.quantizers.grid import group_count
 from quantkit.transforms.interface import Lesson, Observed, SiteChange, Situation, Solution, kronecker_left
@@ -36,7 +35,6 @@ from quantkit.transforms.smoothquant import smoothing_scale
 if TYPE_CHECKING:
     from quantkit.transforms.flatquant import Config
 
-_EXPERT = re.compile(r"\.\d+(?=\.)")
 _LARGEST = 1e4
 """Bound of the scales to start with; keeps norms and weights inside float16."""
 _SHARES = tuple(1 - step / 20 for step in range(11))
@@ -46,87 +44,6 @@ _MOST_ROWS = 4096
 """Inputs that such a share is judged by; of the experts of a block together."""
 
 Kind = Literal["weights", "inputs", "cache"]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Inputs that have a matrix and limits in common: one signal, or those of all experts of a block."""
-
-    label: str
-    sites: tuple[Site, ...]
-    """Whose signals they are; of an input that no site names, one of kind none."""
-    linears: tuple[str, ...]
-    """The quantised ones that read them."""
-
-
-def places(sites: Iterable[Site], linears: Collection[str]) -> list[Place]:
-    """Every input of ``linears``, the quantised ones of a block, in a place."""
-    found: dict[str, list[Site]] = {}
-    covered: set[str] = set()
-    for site in sites:
-        covered.update(site.consumers)
-        label = "attention.output" if site.head_dim else _EXPERT.sub(".*", site.name)
-        if any(name in linears for name in site.consumers):
-            found.setdefault(label, []).append(site)
-    for name in sorted(set(linears) - covered):
-        found[name] = [Site(name, "none", "", (name,))]
-    return [
-        Place(label, tuple(own), tuple(name for site in own for name in site.consumers if name in linears))
-        for label, own in found.items()
-    ]
-
-
-@dataclass
-class PlaceParameters:
-    """What is learned about one place."""
-
-    place: Place
-    hook: InputRounding
-    changes: list[Change] = field(default_factory=list)
-    """c of the sites that have one."""
-    left: Matrix | None = None
-    """[1, a, a]; None: there is no matrix."""
-    right: Matrix | None = None
-    """[1, b, b]; None: the identity, where ``value`` does all that can be done within heads."""
-    value: Matrix | None = None
-    """[kv_heads, head_dim, head_dim], folded into v and o."""
-    shares: nn.Parameter | None = None
-    """Logits [2] of the shares of the lower and upper end of ranges that are kept."""
-    right_width: int = 0
-    """b"""
-
-    def ops(self) -> tuple[LayerInputs, LayerInputs]:
-        """The matrix at run time, and the one that rows of weights are multiplied by instead."""
-        if self.left is None:
-            return LayerInputs(), LayerInputs()
-        left, undo_left = self.left()
-        one = torch.eye(self.right_width)[None]
-        right, undo_right = (one, one) if self.right is None else self.right()
-        return LayerInputs(left=left[0], right=right[0]), LayerInputs(left=undo_left[0], right=undo_right[0])
-
-    def scales(self) -> list[tuple[Site, Tensor]]:
-        """c [signal width] of the sites that have one."""
-        return [(change.site, change.values()[0]) for change in self.changes]
-
-    def clip(self) -> Tensor | None:
-        """[2]"""
-        return None if self.shares is None else self.shares.sigmoid()
-
-    def changed(self, x: Tensor, name: str) -> Tensor:
-        """What enters the linear ``name`` [tokens, columns], behind all that is done to it but the rounding."""
-        for site, scale in self.scales():
-            if name in site.consumers:
-                x = x * scale
-        if self.value is not None:
-            site, (matrix, _) = self.place.sites[0], self.value()
-            by_head = x.unflatten(1, (len(matrix), site.repeats, site.head_dim))
-            x = torch.einsum("nhrd,hde->nhre", by_head, matrix).flatten(1)
-        return online.apply(x, self.ops()[0])
-
-    def parameters(self) -> list[nn.Parameter]:
-        """All but ``shares``."""
-        modules = (*self.changes, self.left, self.right, self.value)
-        return [parameter for module in modules if module is not None for parameter in module.parameters()]
 
 
 class FlatBlock:
@@ -369,10 +286,10 @@ class FlatBlock:
                 if own.value is not None:
                     matrices[own.place.sites[0].name] = own.value()[0].detach().clone()
                 if own.left is not None:
-                    ops |= dict.fromkeys(own.place.linears, _copy(own.ops()[0]))
+                    ops |= dict.fromkeys(own.place.linears, own.run_time_op())
                 if own.shares is not None:
                     clips |= dict.fromkeys(own.place.linears, own.shares.sigmoid())
-                facts.append({"site": own.place.label, **_facts(own)})
+                facts.append({"site": own.place.label, **own.facts()})
             tensors = self._transformed()
             for name, clip in self._clips.items():
                 low, high = clip.ends(tensors[f"{name}.weight"])
@@ -389,21 +306,3 @@ class FlatBlock:
             kv={cache.path: cache.learned() for cache in self._caches},
             facts=facts,
         )
-
-
-def _copy(op: LayerInputs) -> LayerInputs:
-    """Without parameters in it."""
-    return LayerInputs(**{name: None if t is None else t.detach().clone() for name, t in vars(op).items()})
-
-
-def _facts(own: PlaceParameters) -> dict[str, Any]:
-    """Condition numbers of what is multiplied, the spread of c, and the shares of a range that are kept."""
-    facts: dict[str, Any] = {}
-    for name, matrix in {"left": own.left, "right": own.right, "value": own.value}.items():
-        if matrix is not None:
-            facts[f"condition_{name}"] = float(torch.linalg.cond(matrix()[0]).max())
-    scales = [scale for _, scale in own.scales()]
-    if scales:
-        facts |= {"scale_min": float(torch.cat(scales).min()), "scale_max": float(torch.cat(scales).max())}
-    clip = own.clip()
-    return facts if clip is None else facts | {"clip": clip.tolist()}

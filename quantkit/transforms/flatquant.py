@@ -31,8 +31,9 @@ import torch
 from pydantic import Field, model_validator
 
 from quantkit.learn.block import BlockLearner, BlockOptions
-from quantkit.learn.flat import FlatBlock, places
+from quantkit.learn.flat import FlatBlock
 from quantkit.learn.matrices import Parameterisation, Start
+from quantkit.learn.places import places
 from quantkit.models.block import Site
 from quantkit.transforms.interface import InputOp, Online, Situation, Solution
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from quantkit.layers.quant_experts import split_experts
 from quantkit.learn import flat, matrices
-from quantkit.learn.flat import FlatBlock, places
+from quantkit.learn.flat import FlatBlock
+from quantkit.learn.places import places
 from quantkit.models.block import Site
 from quantkit.transforms import flatquant
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantkit.eval.bench_quantize import run_quantize, write_random_llama
+from quantkit.eval.bench_quantize import run_quantize, write_large_block
 from quantkit.eval.environment import environment
 from quantkit.eval.tables import markdown
 
@@ -53,7 +53,7 @@ def main(
         folder = Path(scratch)
         sources = {Path(name).name: Path(name) for name in model or ()}
         if large:
-            sources["Llama-3-8B block"] = _large_block(folder / "large")
+            sources["Llama-3-8B block"] = write_large_block(folder / "large")
         for name, source in sources.items():
             for wanted in method or METHODS:
                 flags = [f"--nsamples={nsamples}", f"--seqlen={seqlen}"]
@@ -74,16 +74,6 @@ def main(
         command = "python -m quantkit.eval.bench_calibration " + " ".join(sys.argv[1:])
         about = {"command": command, "environment": environment(), "threads": os.environ.get("OMP_NUM_THREADS", "all")}
         output.write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n", encoding="utf-8")
-
-
-def _large_block(folder: Path) -> Path:
-    """One block with the tokenizer of the demo model."""
-    import quantkit.demo
-
-    write_random_llama(folder, 1, hidden=4096, intermediate=14336, heads=32, kv_heads=8)
-    for file in quantkit.demo.model_path().glob("tokenizer*"):
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
 
 
 if __name__ == "__main__":

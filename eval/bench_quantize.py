@@ -74,6 +74,16 @@ def write_random_llama(
     return blocks * sum(rows * columns for rows, columns in shapes.values())
 
 
+def write_large_block(folder: Path) -> Path:
+    """One block of Llama-3-8B's shape, with the tokenizer of the demo model; returns ``folder``."""
+    import quantkit.demo
+
+    write_random_llama(folder, 1, hidden=4096, intermediate=14336, heads=32, kv_heads=8)
+    for file in quantkit.demo.model_path().glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
 def run_quantize(source: Path, output: Path, method: str, scheme: str, flags: Sequence[str] = ()) -> dict[str, Any]:
     """``quantkit quantize`` in a process of its own: what ``--json`` prints, and seconds of each block."""
     return _run(source, output, ["--method", method, "--scheme", scheme, *flags])

@@ -12,6 +12,10 @@ The file says what to run; paths in it are relative to ``--root``:
     tables:
       - {models: [bench-llama], methods: [rtn, sinq], schemes: [W4A16G64, W3A16G64]}
 
+A method with options of its own has a name under ``variants``, which a table may use like any other:
+
+    variants: {flatquant without matrices: {flatquant: {matrices: false}, rtn: {}}}
+
 Every cell is a line of the output: quantised, saved, reloaded and measured, or the reason why not. A line that is there
 is not run again. Perplexities come with the loss of every window, so that any two cells can be compared as pairs.
 """
@@ -66,6 +70,9 @@ class Sweep(_Strict):
     calibration: dict[str, Any] = Field(default_factory=dict, description="as in a recipe")
     seqlen: int | None = None
     max_tokens: int | None = None
+    variants: dict[str, dict[str, dict[str, Any]]] = Field(
+        default_factory=dict, description="name -> the steps of a recipe with their options, in order"
+    )
     tables: tuple[Table, ...]
 
     @field_validator("models", mode="before")
@@ -204,8 +211,15 @@ class _Work:
         calibration = dict(self.sweep.calibration)
         if "source" in calibration and (self.root / calibration["source"]).exists():
             calibration["source"] = str(self.root / calibration["source"])
+        variant = self.sweep.variants.get(cell.method)
+        steps = variant and [{"method": name, "options": options} for name, options in variant.items()]
         result = quantize(
-            str(self.folder(cell.model)), output=out, method=cell.method, scheme=cell.scheme, calibration=calibration
+            str(self.folder(cell.model)),
+            output=out,
+            recipe={"steps": steps} if steps else None,
+            method=None if steps else cell.method,
+            scheme=cell.scheme,
+            calibration=calibration,
         )
         return {
             "bits_per_weight": round(result.bits_per_weight, 4),

@@ -92,3 +92,15 @@ def test_plans_that_cannot_be_run(root):
     path.write_text(json.dumps(PLAN | {"text": {}}))
     with pytest.raises(RecipeError, match=r"plan.yaml: text: Extra inputs"):
         sweep.load_sweep(path)
+
+
+def test_a_variant_is_a_method_with_options(root):
+    plan = PLAN | {"variants": {"searched range": {"rtn": {"clip": "mse"}}}}
+    methods = ["rtn", "searched range"]
+    plan["tables"] = [{"models": ["tiny"], "methods": methods, "schemes": ["W2A16G32"]}]
+    (root / "plan.yaml").write_text(yaml.safe_dump(plan))
+    run(root)
+    cells = sweep.read_cells(root / "out.jsonl")
+    plain, searched = (cells[sweep.Cell("tiny", name, "W2A16G32")]["texts"]["words"] for name in methods)
+    assert "error" not in cells[sweep.Cell("tiny", "searched range", "W2A16G32")]
+    assert plain["nll"] != searched["nll"]

@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quantkit.cli.console import Progress, say, table
-from quantkit.cli.loaded import Dtype
+from quantkit.cli.loaded import Dtype, TrustOption
 
-app = typer.Typer(no_args_is_help=True, help="Measure on this machine: kernels.", rich_markup_mode="markdown")
+if TYPE_CHECKING:
+    import torch
 
-EXAMPLES = """Examples:
+app = typer.Typer(
+    no_args_is_help=True, help="Measure on this machine: kernels, whole models.", rich_markup_mode="markdown"
+)
+
+KERNELS = """Examples:
 
 quantkit bench kernels
 
 quantkit bench kernels --shapes 4096x4096,4096x14336 --rows 1,8,128 --schemes W4A16G128,W8A16,W8A8 --json kernels.json
 """
 
+DECODE = """Examples:
 
-@app.command("kernels", epilog=EXAMPLES)
+quantkit bench decode llama-1b
+
+quantkit bench decode out --tokens 32 --prefill 512 --json decode.json
+
+quantkit bench decode meta-llama/Llama-3.1-8B --schemes W4A16G128,W8A8 --device cuda
+"""
+
+
+@app.command("kernels", epilog=KERNELS)
 def kernels(
     rows: Annotated[str, typer.Option(help="rows of x (tokens of a forward pass)")] = "1,16,256",
     shapes: Annotated[str, typer.Option(help="OUTxIN of the weight")] = "4096x4096",
@@ -38,13 +52,10 @@ def kernels(
 
     Prints medians of one call and how many times as fast as the dense product it is; `*` is what a model would use.
     """
-    import json
-
     import torch
 
     from quantkit.cli.loaded import one_device
     from quantkit.eval import bench_kernels as bench
-    from quantkit.eval.environment import environment
 
     wanted, formats, counts = bench.parse_shapes(shapes), bench.parse_schemes(schemes), bench.parse_rows(rows)
     where = torch.device(one_device(device))
@@ -73,12 +84,78 @@ def kernels(
         right=numeric,
     )
     if out is not None:
-        about = {
-            "command": "quantkit " + " ".join(sys.argv[1:]),
-            "environment": environment(),
-            "device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
-            "threads": torch.get_num_threads(),
-            "dtype": str(numbers).removeprefix("torch."),
-        }
-        out.write_text(json.dumps({**about, "rows": bench.report(lines)}, indent=2) + "\n", encoding="utf-8")
-        say(f"figures are in {out}")
+        _write(out, where, numbers, bench.report(lines))
+
+
+@app.command("decode", epilog=DECODE)
+def decode(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="quantised folder; any other model, folder or hub id, for its shape; llama-1b; llama-3-8b",
+        ),
+    ],
+    schemes: Annotated[
+        str, typer.Option(help="what the blocks become; a quantised folder is what it is")
+    ] = "W4A16G128",
+    dtype: Annotated[Dtype, typer.Option(help="of activations, scales and dense weights; auto: bfloat16")] = Dtype.auto,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...; auto: the first GPU, else cpu")] = "auto",
+    prompt: Annotated[int, typer.Option(min=2, help="tokens before the first that is timed")] = 16,
+    tokens: Annotated[int, typer.Option(min=1, help="tokens that are decoded in a round")] = 16,
+    prefill: Annotated[int, typer.Option(min=0, help="time a prompt of so many tokens as well")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="sequences at a time")] = 1,
+    rounds: Annotated[int, typer.Option(min=3, help="timed rounds of each")] = 10,
+    trust_remote_code: TrustOption = False,
+    out: Annotated[Path | None, typer.Option("--json", help="file for the figures, versions and machine")] = None,
+) -> None:
+    """A whole model, dense and quantised, in turns in one run: speed of decoding and of a prompt, and memory.
+
+    Weights are random, those of a quantised folder aside: the time does not depend on them.
+    """
+    import torch
+
+    from quantkit.cli.console import quiet_libraries, size
+    from quantkit.cli.loaded import one_device
+    from quantkit.eval import bench_decode as bench
+    from quantkit.eval.bench_kernels import parse_schemes
+
+    quiet_libraries()
+    where, formats = torch.device(one_device(device)), parse_schemes(schemes)
+    numbers = torch.bfloat16 if dtype is Dtype.auto else getattr(torch, dtype.value)
+    lines = bench.bench(
+        model, formats, numbers, where, prompt=prompt, tokens=tokens, prefill=prefill, batch=batch, rounds=rounds,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    header = ["model", "tokens/s", "ms/token", "p20", "p80", "x dense", "weights"]
+    header += ["resident"] * (lines[0].resident_bytes is not None) + ["prompt ms", "x dense "] * bool(prefill)
+    shown = []
+    for line in lines:
+        t = line.decode
+        cells = [line.name, f"{batch / t.median:.2f}", *(f"{1000 * s:.2f}" for s in (t.median, t.p20, t.p80))]
+        cells += [f"{line.speedup:.2f}", size(line.weight_bytes)]
+        cells += [size(line.resident_bytes)] if line.resident_bytes is not None else []
+        cells += [f"{1000 * line.prefill.median:.1f}", f"{line.prefill_speedup:.2f}"] if line.prefill else []
+        shown.append(cells)
+    table(header, shown, right=tuple(header[1:]))
+    if out is not None:
+        _write(out, where, numbers, bench.report(lines, batch))
+
+
+def _write(out: Path, device: torch.device, dtype: torch.dtype, rows: list[dict[str, Any]]) -> None:
+    """The figures, and what they were measured with."""
+    import json
+
+    import torch
+
+    from quantkit.eval.environment import environment
+
+    about = {
+        "command": "quantkit " + " ".join(sys.argv[1:]),
+        "environment": environment(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    out.write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    say(f"figures are in {out}")

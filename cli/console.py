@@ -81,9 +81,9 @@ def quiet_libraries() -> None:
 
 def _memory() -> str:
     """What this process holds in memory now."""
-    import psutil
+    from quantkit.process import rss
 
-    return size(psutil.Process().memory_info().rss)
+    return size(rss())
 
 
 class Progress:

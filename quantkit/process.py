@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 
 class Clock:
     """Stands at zero when it is made."""
@@ -28,6 +30,11 @@ def give_back_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in musl
         if trim is not None:
             trim(0)
+
+
+def rss() -> int:
+    """Resident set of this process, bytes."""
+    return psutil.Process().memory_info().rss
 
 
 def peak_rss() -> int:

@@ -39,7 +39,9 @@ quantkit bench decode meta-llama/Llama-3.1-8B --schemes W4A16G128,W8A8 --device 
 def kernels(
     rows: Annotated[str, typer.Option(help="rows of x (tokens of a forward pass)")] = "1,16,256",
     shapes: Annotated[str, typer.Option(help="OUTxIN of the weight")] = "4096x4096",
-    schemes: Annotated[str, typer.Option(help="as in `quantkit quantize`")] = "W4A16G128,W8A16,W8A8",
+    schemes: Annotated[
+        str, typer.Option(help="as in `quantkit quantize`; +kronecker, +hadamard behind one: the input is multiplied")
+    ] = "W4A16G128,W8A16,W8A8",
     dtype: Annotated[Dtype, typer.Option(help="of x, scales and the dense weight; auto: bfloat16")] = Dtype.auto,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...; auto: the first GPU, else cpu")] = "auto",
     rounds: Annotated[int, typer.Option(min=3, help="timed calls of each")] = 30,
@@ -97,7 +99,7 @@ def decode(
         ),
     ],
     schemes: Annotated[
-        str, typer.Option(help="what the blocks become; a quantised folder is what it is")
+        str, typer.Option(help="what the blocks become, as for kernels; a quantised folder is what it is")
     ] = "W4A16G128",
     dtype: Annotated[Dtype, typer.Option(help="of activations, scales and dense weights; auto: bfloat16")] = Dtype.auto,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...; auto: the first GPU, else cpu")] = "auto",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,12 +25,12 @@ from transformers import (
 )
 
 from quantkit.errors import QuantkitError
-from quantkit.eval.bench_kernels import DENSE, random_layer
+from quantkit.eval.bench_kernels import DENSE, Wanted, random_layer
 from quantkit.eval.decoding import Decoding, GraphDecoding
 from quantkit.eval.harness import Timing, compare
-from quantkit.formats.layer import LayerFormat
 from quantkit.kernels import dispatch
 from quantkit.layers.quant_linear import QuantLinear
+from quantkit.layers.sharing import share_inputs
 from quantkit.loading import check_writes_text, load
 from quantkit.models.source import load_config, resolve
 from quantkit.process import give_back_memory, rss
@@ -76,7 +76,7 @@ class Subject:
 
 def bench(
     model: str,
-    schemes: dict[str, LayerFormat],
+    schemes: Mapping[str, Wanted],
     dtype: torch.dtype,
     device: torch.device,
     *,
@@ -105,8 +105,8 @@ def bench(
     if quantised is not None:
         subjects.append(_measured(quantised.name, device, partial(_checkpoint, quantised, dtype, device)))
     else:
-        for name, layer_format in schemes.items():
-            subjects.append(_measured(name, device, partial(_random, config, layer_format, dtype, device)))
+        for name, wanted in schemes.items():
+            subjects.append(_measured(name, device, partial(_random, config, wanted, dtype, device)))
     subjects.insert(0, _measured(DENSE, device, partial(_random, config, None, dtype, device)))
     with torch.inference_mode():
         start = torch.randint(config.get_text_config().vocab_size, (batch, prompt), device=device)
@@ -204,20 +204,21 @@ def _checkpoint(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTr
 
 
 def _random(
-    config: PreTrainedConfig, layer_format: LayerFormat | None, dtype: torch.dtype, device: torch.device
+    config: PreTrainedConfig, wanted: Wanted | None, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """A model of ``config`` with random weights; the linears of its blocks are quantised as ``layer_format`` says."""
+    """A model of ``config`` with random weights; the linears of its blocks are quantised as ``wanted`` says."""
     with torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if layer_format is not None:
+    if wanted is not None:
         made: dict[tuple[int, int], QuantLinear] = {}
         for name, module in list(model.named_modules()):
             if type(module) is nn.Linear and module is not model.get_output_embeddings():
                 shape = module.out_features, module.in_features
-                made.setdefault(shape, random_layer(layer_format, *shape, dtype, device))
+                made.setdefault(shape, random_layer(wanted, *shape, dtype, device))
                 model.set_submodule(name, copy.deepcopy(made[shape]))
-    if not any(isinstance(module, QuantLinear) for module in model.modules()) and layer_format is not None:
-        raise QuantkitError(f"{type(model).__name__} has no linears that could be quantised; its experts are fused.")
+        if not made:
+            raise QuantkitError(f"{type(model).__name__} has no linears in its blocks that could be quantised.")
+        share_inputs(model)
     return model.eval()
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,12 +13,14 @@ from torch import Tensor
 
 from quantkit.errors import RecipeError
 from quantkit.eval.harness import compare, copies_past_the_cache
-from quantkit.formats.layer import LayerFormat, LayerInputs, stored_bytes, to_tensors
+from quantkit.formats.layer import InputOp, LayerFormat, LayerInputs, stored_bytes, to_tensors
 from quantkit.formats.quantized import QuantizedWeight
 from quantkit.kernels import dispatch
+from quantkit.kernels.online import kronecker_split
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.recipe import Scheme
 
+_OPS: dict[str, InputOp] = {"kronecker": "kronecker", "hadamard": "hadamard"}
 DENSE = "dense"
 """What the product with an unquantised weight is called among the implementations."""
 
@@ -43,6 +46,29 @@ class Row(NamedTuple):
     """Seconds of the dense product over those of this one."""
     chosen: bool
     """Is it the one that a model would use?"""
+
+
+class Wanted(NamedTuple):
+    """How linears are stored and run, and by what kind of matrix their input is multiplied."""
+
+    layer: LayerFormat
+    op: InputOp = "none"
+
+    def inputs(self, in_features: int, dtype: torch.dtype) -> LayerInputs:
+        """What is done to an input of ``in_features`` channels; the matrix is orthogonal, the same each time."""
+        op, generator = LayerInputs(), torch.Generator().manual_seed(in_features)
+        if self.op == "hadamard":
+            op = LayerInputs(signs=torch.randint(2, (in_features,), dtype=torch.int8, generator=generator) * 2 - 1)
+        elif self.op == "kronecker":
+            sizes = kronecker_split(in_features)
+            left, right = (torch.linalg.qr(torch.randn(n, n, generator=generator)).Q.to(dtype) for n in sizes)
+            op = LayerInputs(left=left, right=right)
+        activations = self.layer.activations
+        if activations is None or activations.dynamic:
+            return op
+        zero_point = None if activations.symmetric else torch.zeros(1, dtype=torch.int8)
+        step = torch.tensor([8 / 2**activations.bits], dtype=dtype)
+        return replace(op, static_scale=step, static_zero_point=zero_point)
 
 
 def parse_shapes(text: str) -> list[tuple[int, int]]:
@@ -74,24 +100,28 @@ def _numbers(parts: list[str]) -> list[int]:
     return [int(part) for part in parts] if all(part.isdecimal() and int(part) for part in parts) else []
 
 
-def parse_schemes(text: str) -> dict[str, LayerFormat]:
-    """``W4A16G128,W8A8`` -> how a linear is stored and run in each.
+def parse_schemes(text: str) -> dict[str, Wanted]:
+    """``W4A16G128,W4A4+kronecker`` -> how a linear is stored and run in each.
 
     Raises:
         RecipeError: cannot be read, or leaves weights as they are.
     """
     formats = {}
     for name in text.split(","):
-        scheme = Scheme.parse(name)
+        before, plus, op = name.partition("+")
+        scheme = Scheme.parse(before)
+        if plus and op not in _OPS:
+            raise RecipeError(f"--schemes: '{name}': behind + there may be {' or '.join(_OPS)}, not '{op}'.")
         if scheme.weights is None:
             raise RecipeError(f"--schemes: '{name}' does not quantise weights; name schemes like W4A16G128 or W8A8.")
-        formats[name] = LayerFormat(weights=scheme.weights, activations=scheme.activations)
+        layer = LayerFormat(weights=scheme.weights, activations=scheme.activations)
+        formats[name] = Wanted(layer, _OPS[op] if plus else "none")
     return formats
 
 
 def bench(
     shapes: Sequence[tuple[int, int]],
-    schemes: dict[str, LayerFormat],
+    schemes: Mapping[str, Wanted],
     rows: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
@@ -108,9 +138,9 @@ def bench(
     for shape in shapes:
         copies = copies_past_the_cache(shape[0] * shape[1] * dtype.itemsize, cache_bytes)
         dense = [torch.randn(shape, dtype=dtype, device=device) for _ in range(copies)]
-        for name, layer_format in schemes.items():
-            copies = copies_past_the_cache(stored_bytes(layer_format, *shape, dtype), cache_bytes)
-            layers = [random_layer(layer_format, *shape, dtype, device) for _ in range(copies)]
+        for name, wanted in schemes.items():
+            copies = copies_past_the_cache(stored_bytes(wanted.layer, *shape, dtype), cache_bytes)
+            layers = [random_layer(wanted, *shape, dtype, device) for _ in range(copies)]
             runs = _implementations(layers, device)
             for count in rows:
                 x = torch.randn(count, shape[1], dtype=dtype, device=device)
@@ -147,19 +177,17 @@ def _implementations(layers: list[QuantLinear], device: torch.device) -> dict[st
 
 
 def random_layer(
-    layer_format: LayerFormat, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device
+    wanted: Wanted, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device
 ) -> QuantLinear:
     """A layer with random codes and without bias; its weights have about the size of a model's."""
-    weights, activations = layer_format.weights, layer_format.activations
+    inputs = wanted.inputs(in_features, dtype)
+    layer_format = wanted.layer.with_inputs(inputs)
+    weights = layer_format.weights
     top, groups = 2**weights.bits, layer_format.groups(in_features)
     codes = torch.randint(0, top, (out_features, in_features), dtype=torch.uint8)
     scale = torch.rand(out_features, groups).add(0.5).div(in_features**0.5 * top).to(dtype)
     zero_point = None if weights.symmetric else torch.randint(0, top, (out_features, groups), dtype=torch.uint8)
     weight = QuantizedWeight(codes, scale, zero_point, weights.bits, weights.group_size, weights.levels)
-    inputs = LayerInputs()
-    if activations is not None and not activations.dynamic:
-        none = None if activations.symmetric else torch.zeros(1, dtype=torch.int8)
-        inputs = LayerInputs(static_scale=torch.tensor([8 / 2**activations.bits]), static_zero_point=none)
     layer = QuantLinear(in_features, out_features, False, layer_format, dtype)
     layer.load_state_dict(to_tensors(weight, layer_format, inputs))
     return layer.to(device)

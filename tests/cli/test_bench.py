@@ -47,6 +47,7 @@ def test_prints_and_writes_every_case(tmp_path: Path) -> None:
         (["--shapes", "4096"], "--shapes '4096' cannot be read: write OUTxIN"),
         (["--shapes", "4x4x4"], "--shapes '4x4x4' cannot be read"),
         (["--schemes", "W16A8"], "'W16A8' does not quantise weights"),
+        (["--schemes", "W4A4+dct"], "behind + there may be kronecker or hadamard, not 'dct'"),
         (["--schemes", "four"], "scheme 'four' cannot be read"),
         (["--device", "tpu9"], "is no device"),
     ],

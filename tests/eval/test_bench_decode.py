@@ -53,6 +53,19 @@ def test_a_shape_is_quantised_where_its_blocks_are(tiny):
     assert four.prefill_speedup == pytest.approx(dense.prefill.median / four.prefill.median)
 
 
+def test_what_is_done_to_one_input_is_done_once(tiny, monkeypatch):
+    made = []
+    monkeypatch.setattr(bench, "compare", lambda candidates, *_, **__: made.extend(candidates.values()) or {
+        name: bench.Timing(1.0, 1.0, 1.0, 3) for name in candidates
+    })  # fmt: skip
+    bench.bench(str(tiny), parse_schemes("W4A4+kronecker"), torch.float32, CPU)
+    block = made[1]._model.model.layers[0]
+    readers = (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
+    assert all(reader.format.input_op == "kronecker" for reader in readers)
+    assert len({id(reader.shared_input) for reader in readers}) == 1
+    assert readers[0].shared_input is not None
+
+
 def test_a_quantised_checkpoint_is_timed_as_it_is(tiny, tmp_path):
     quantkit.quantize(str(tiny), output=tmp_path / "out", method="rtn", scheme="W3A16G32")
     file = tmp_path / "decode.json"

@@ -128,12 +128,16 @@ def bench(
     *,
     rounds: int = 30,
     cache_bytes: int = 64 * 2**20,
+    graph_calls: int = 0,
+    without_reference: bool = False,
 ) -> Iterator[list[Row]]:
     """Time each case, one list per case: the dense product first, then what takes the layer.
 
     Args:
         shapes: (out_features, in_features).
         cache_bytes: of the device; weights are kept in so many copies that no round finds them in it.
+        graph_calls: as in ``compare``; at least the number of copies, or not all of them have their turn.
+        without_reference: do not time the reference where something else takes the layer.
     """
     for shape in shapes:
         copies = copies_past_the_cache(shape[0] * shape[1] * dtype.itemsize, cache_bytes)
@@ -142,13 +146,15 @@ def bench(
             copies = copies_past_the_cache(stored_bytes(wanted.layer, *shape, dtype), cache_bytes)
             layers = [random_layer(wanted, *shape, dtype, device) for _ in range(copies)]
             runs = _implementations(layers, device)
+            if without_reference and len(runs) > 1:
+                del runs[dispatch.IMPLEMENTATIONS[-1].name]
             for count in rows:
                 x = torch.randn(count, shape[1], dtype=dtype, device=device)
                 candidates = {DENSE: partial(_dense, x, dense)} | {
                     implementation: partial(run, x) for implementation, run in runs.items()
                 }
                 with torch.inference_mode():
-                    timings = compare(candidates, device, rounds=rounds)
+                    timings = compare(candidates, device, rounds=rounds, graph_calls=graph_calls)
                 chosen, _ = dispatch.explain(layers[0], device, count)
                 base = timings[DENSE].median
                 yield [
@@ -184,13 +190,15 @@ def random_layer(
     layer_format = wanted.layer.with_inputs(inputs)
     weights = layer_format.weights
     top, groups = 2**weights.bits, layer_format.groups(in_features)
-    codes = torch.randint(0, top, (out_features, in_features), dtype=torch.uint8)
-    scale = torch.rand(out_features, groups).add(0.5).div(in_features**0.5 * top).to(dtype)
-    zero_point = None if weights.symmetric else torch.randint(0, top, (out_features, groups), dtype=torch.uint8)
+    codes = torch.randint(0, top, (out_features, in_features), dtype=torch.uint8, device=device)
+    scale = torch.rand(out_features, groups, device=device).add(0.5).div(in_features**0.5 * top).to(dtype)
+    zero_point = None
+    if not weights.symmetric:
+        zero_point = torch.randint(0, top, (out_features, groups), dtype=torch.uint8, device=device)
     weight = QuantizedWeight(codes, scale, zero_point, weights.bits, weights.group_size, weights.levels)
-    layer = QuantLinear(in_features, out_features, False, layer_format, dtype)
+    layer = QuantLinear(in_features, out_features, False, layer_format, dtype).to(device)
     layer.load_state_dict(to_tensors(weight, layer_format, inputs))
-    return layer.to(device)
+    return layer
 
 
 def report(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -35,6 +35,7 @@ def compare(
     rounds: int = 30,
     warmup: int = 3,
     most_seconds: float = 20.0,
+    graph_calls: int = 0,
 ) -> dict[str, Timing]:
     """Time ``candidates`` in turns.
 
@@ -43,21 +44,26 @@ def compare(
         rounds: timed calls of each.
         warmup: untimed calls of each before that.
         most_seconds: no further round begins after this; three are always made.
+        graph_calls: on a GPU a round of a candidate is one CUDA graph of so many calls, numbered from 0, so that what
+            Python takes does not count; 0: a call is a call.
 
     Returns:
         In the order of ``candidates``.
     """
-    clock = _cuda_seconds if device.type == "cuda" else _seconds
+    clock, calls = _cuda_seconds if device.type == "cuda" else _seconds, 1
     for number in range(warmup):
         for candidate in candidates.values():
             candidate(number)
+    if graph_calls and device.type == "cuda":
+        calls = graph_calls
+        candidates = {name: _graph(candidate, calls) for name, candidate in candidates.items()}
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     started = time.perf_counter()
     for number in range(rounds):
         if number >= 3 and time.perf_counter() - started > most_seconds:
             break
         for name, candidate in candidates.items():
-            samples[name].append(clock(candidate, warmup + number))
+            samples[name].append(clock(candidate, warmup + number) / calls)
     return {name: timing(times) for name, times in samples.items()}
 
 
@@ -71,6 +77,21 @@ def timing(samples: list[float]) -> Timing:
 def copies_past_the_cache(nbytes: int, cache_bytes: int) -> int:
     """Copies of ``nbytes`` each that together exceed the cache twice, at least one."""
     return max(1, -(-2 * cache_bytes // max(1, nbytes)))
+
+
+def _graph(candidate: Candidate, calls: int) -> Candidate:
+    """All of ``calls`` calls as one; each has been made before, so that nothing is compiled or tuned in here."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for number in range(calls):
+            candidate(number)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for number in range(calls):
+            candidate(number)
+    return lambda number: graph.replay()
 
 
 def _seconds(candidate: Candidate, number: int) -> float:

@@ -1,17 +1,22 @@
-"""``quantkit eval``: what a model, quantised or not, does on real text."""
+"""``quantkit eval``: what a model, quantised or not, does on real text and on tasks, and how far it is from another."""
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from quantkit.cli.loaded import DeviceOption, Dtype, DtypeOption, JsonOption, ModelArgument, TrustOption, load_model
-from quantkit.errors import RecipeError
-
-if TYPE_CHECKING:
-    from quantkit.eval.perplexity import Perplexity
+from quantkit.cli.loaded import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    KVOption,
+    ModelArgument,
+    TrustOption,
+    load_model,
+)
 
 EXAMPLES = """Examples:
 
@@ -20,69 +25,108 @@ quantkit eval demo --ppl demo
 quantkit eval out --ppl wikitext2 --ppl novels=texts/novels-test.txt --seqlen 512 --max-tokens 65536
 
 quantkit eval out --ppl news.parquet --column body --json
+
+quantkit eval out --ppl wikitext2 --kv rotation-2bit
+
+quantkit eval out --baseline meta-llama/Llama-3.2-1B --ppl wikitext2 --tasks arc_easy,hellaswag --limit 200
+
+quantkit eval out --tasks lambada_openai --num-fewshot 0 --batch-size auto --output-path results/
+
+quantkit eval out --tasks blimp --data texts/blimp
 """
 
 
 def evaluate(
     model: ModelArgument,
     ppl: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             metavar="TEXT",
             help="text for perplexity, repeatable: demo, wikitext2, c4, a .txt/.jsonl/.parquet file or a folder of "
             "them, or NAME=PATH to choose its name in the results",
         ),
-    ],
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAMES", help="tasks, groups and tags of lm-eval, separated by commas; patterns as arc_*"),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="model to compare with, as it is stored, on the same texts and tasks; both are in memory",
+        ),
+    ] = None,
     seqlen: Annotated[
         int | None, typer.Option(min=2, help="tokens per window  [default: 2048, or all positions of the model]")
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="use only the first tokens of each text")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="windows per forward pass")] = 1,
+    batch_size: Annotated[
+        str,
+        typer.Option(
+            metavar="N|auto",
+            help="windows or requests per forward pass; auto: for tasks what fits the GPU, on a CPU 8, for texts 1",
+        ),
+    ] = "auto",
     bos: Annotated[bool, typer.Option("--bos", help="begin every window with the BOS token")] = False,
     column: Annotated[str, typer.Option(help="field of .jsonl and .parquet files that holds the text")] = "text",
+    prompts: Annotated[
+        int, typer.Option(min=0, help="with --baseline: passages of each text that both models continue greedily")
+    ] = 8,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="examples in front of each question  [default: as the task has it]")
+    ] = None,
+    limit: Annotated[float | None, typer.Option(help="documents per task, or below 1 the share of them")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="local data sets of tasks, for example blimp's adjunct_island.jsonl ..."),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="more task definitions (YAML), as in lm-eval; or their data")
+    ] = None,
+    output_path: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="save the tasks' results there, as lm-eval does")
+    ] = None,
+    log_samples: Annotated[
+        bool, typer.Option("--log-samples", help="save every document with the answers to it, too")
+    ] = False,
+    softmax_dtype: Annotated[
+        Dtype, typer.Option(help="dtype of tasks' log-likelihoods; auto: as lm-eval, the logits'; float32: fewer ties")
+    ] = Dtype.auto,
+    kv: KVOption = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure the perplexity of MODEL with the protocol of the papers."""
-    from quantkit.calibrate.text import load_text
+    """Measure MODEL: perplexity with the protocol of the papers, lm-eval's tasks, closeness to another model."""
+    from quantkit.cli import eval_measure as steps
 
-    texts = [load_text(source, column=column) for source in ppl]  # before the model: a typing error shows at once
-    names = [text.name for text in texts]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise RecipeError(f"--ppl has two texts called '{twice[0]}'; name them with --ppl NAME=PATH.")
+    names = steps.task_names(tasks or ())
+    about_tasks: dict[str, object] = {"--data": data, "--include-path": include_path, "--output-path": output_path}
+    about_tasks |= {"--num-fewshot": num_fewshot, "--limit": limit, "--log-samples": log_samples}
+    steps.check_request(model, ppl or (), names, about_tasks)
+    windows, requests = steps.batch_sizes(batch_size)
+    texts = steps.read_texts(ppl or (), column)  # before the models, as the tasks: a typing error shows at once
+    questions = steps.read_tasks(names, include_path=include_path, data=data, output_path=output_path, quiet=as_json)
 
-    from quantkit.cli.console import Progress, print_json, table
-    from quantkit.eval.perplexity import perplexity
+    from quantkit.cli.console import Progress
+    from quantkit.cli.eval_output import Found, show
     from quantkit.loading import check_writes_text
 
-    loaded, tokenizer = load_model(model, dtype, device, trust_remote_code)
-    check_writes_text(loaded, "perplexity")
+    side = load_model(model, dtype, device, trust_remote_code, kv)
+    other = load_model(baseline, dtype, device, trust_remote_code) if baseline else None
+    for one in (side, other) if other else (side,):
+        check_writes_text(one[0], "perplexity" if texts else "asking tasks")
+    found = Found(model, baseline)
     with Progress(quiet=as_json) as progress:
-        results = {
-            text.name: perplexity(
-                loaded, tokenizer, text, seqlen=seqlen, max_tokens=max_tokens, batch_size=batch_size, bos=bos,
-                on_progress=progress.update,
-            )
-            for text in texts
-        }  # fmt: skip
-    if as_json:
-        print_json({"model": model, "perplexity": {name: _as_json(result) for name, result in results.items()}})
-        return
-    rows = [[name, f"{result.value:.4f}", str(result.tokens), str(result.seqlen)] for name, result in results.items()]
-    table(["text", "perplexity", "tokens", "seqlen"], rows, right=("perplexity", "tokens", "seqlen"))
-    for name, result in results.items():
-        print(f"{name}: {result.protocol}")
-
-
-def _as_json(result: Perplexity) -> dict[str, float | int | str | None]:
-    """JSON has no infinity, which a thoroughly broken model reaches: it becomes null."""
-    value = result.value if math.isfinite(result.value) else None
-    return {
-        "value": value,
-        "tokens": result.tokens,
-        "seqlen": result.seqlen,
-        "windows": result.windows,
-        "protocol": result.protocol,
-    }
+        steps.measure_texts(
+            found, side, other, texts, prompts=prompts, seqlen=seqlen, max_tokens=max_tokens, batch_size=windows,
+            bos=bos, on_progress=progress.update,
+        )  # fmt: skip
+        steps.measure_tasks(
+            found, side, other, questions, num_fewshot=num_fewshot, limit=limit, batch_size=requests,
+            output_path=output_path, log_samples=log_samples,
+            softmax_dtype=None if softmax_dtype is Dtype.auto else softmax_dtype.value, on_progress=progress.update,
+        )  # fmt: skip
+    show(found, as_json=as_json)

@@ -7,7 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from quantkit.cli.loaded import DeviceOption, Dtype, DtypeOption, JsonOption, ModelArgument, TrustOption, load_model
+from quantkit.cli.loaded import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    KVOption,
+    ModelArgument,
+    TrustOption,
+    cache_as_json,
+    cache_in_words,
+    load_model,
+)
 from quantkit.errors import RecipeError
 
 EXAMPLES = """Examples:
@@ -15,6 +26,8 @@ EXAMPLES = """Examples:
 quantkit generate out "Once upon a time"
 
 quantkit generate out "Write a haiku about rounding" --chat --temperature 0.7 --seed 1
+
+quantkit generate out "Once upon a time" --kv kivi-2bit
 
 quantkit generate demo "def main(" --max-new-tokens 32 --json
 """
@@ -27,6 +40,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token")] = 0.0,
     seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="put the prompt into the model's chat template")] = False,
+    kv: KVOption = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
@@ -36,11 +50,11 @@ def generate(
     import torch
     from transformers import TextStreamer
 
-    from quantkit.cli.console import print_json, say, size
+    from quantkit.cli.console import print_json, say
     from quantkit.kv.attach import kv_cache, kv_format
     from quantkit.loading import check_writes_text
 
-    loaded, tokenizer = load_model(model, dtype, device, trust_remote_code)
+    loaded, tokenizer = load_model(model, dtype, device, trust_remote_code, kv)
     check_writes_text(loaded, "generating text")
     inputs = _encode(tokenizer, prompt, chat).to(loaded.device)
     length = inputs["input_ids"].shape[1]
@@ -59,12 +73,11 @@ def generate(
     if as_json:
         text = tokenizer.decode(new, skip_special_tokens=True)
         result = {"model": model, "prompt": prompt, "text": text, "tokens": len(new), "seconds": round(seconds, 3)}
-        print_json(result | ({} if cache is None else {"kv_cache": cache.memory_report().describe()}))
+        print_json(result | cache_as_json(cache))
         return
     say(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s")
     if cache is not None:
-        memory = cache.memory_report()
-        say(f"keys and values: {size(memory.bytes)}, {memory.bits_per_element:.2f} bits per element")
+        say(cache_in_words(cache))
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:

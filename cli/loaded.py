@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quantkit.errors import QuantkitError, RecipeError
+
+if TYPE_CHECKING:
+    from quantkit.kv.cache import KVCache
 
 
 class Dtype(StrEnum):
@@ -25,26 +28,61 @@ ModelArgument = Annotated[
 DtypeOption = Annotated[Dtype, typer.Option(help="dtype to compute in; auto: as stored")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...; auto: all GPUs, else cpu")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model")]
+KVOption = Annotated[
+    str | None,
+    typer.Option(
+        "--kv",
+        metavar="NAME",
+        help="how keys and values are kept: kivi-2bit, rotation-3bit, int8, kv4 ... (`quantkit methods` has them all), "
+        "none: in full precision  [default: as the checkpoint says]",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
 
-def load_model(model: str, dtype: Dtype, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
+def load_model(
+    model: str, dtype: Dtype, device: str, trust_remote_code: bool, kv: str | None = None
+) -> tuple[Any, Any]:
     """(model, tokenizer), both there, on the device; the libraries keep quiet about it.
 
+    Args:
+        kv: of ``KVOption``.
+
     Raises:
-        RecipeError: no such device.
-        QuantkitError: no such model, a broken one, or one without a tokenizer.
+        RecipeError: no such device, or no such cache.
+        QuantkitError: no such model, a broken one, one without a tokenizer, or one that cannot have such a cache.
     """
     from quantkit.cli.console import quiet_libraries
+    from quantkit.formats.kv import kv_of
+    from quantkit.kv.attach import set_kv
     from quantkit.loading import load
 
     quiet_libraries()
+    wanted = None if kv is None else kv_of(kv)  # before the model: a typing error shows at once
     loaded, tokenizer = load(
         model, device_map=_device_map(device), dtype=dtype.value, trust_remote_code=trust_remote_code
     )
     if tokenizer is None:
         raise QuantkitError(f"{model} has no tokenizer files; copy tokenizer.json and tokenizer_config.json into it.")
+    if kv is not None:
+        set_kv(loaded, wanted)
     return loaded, tokenizer
+
+
+def cache_as_json(cache: KVCache | None) -> dict[str, Any]:
+    """``kv_cache`` of a result: how keys and values were kept, and what that took; without a cache nothing."""
+    if cache is None:
+        return {}
+    form = None if cache.kv is None else cache.kv.model_dump(mode="json")
+    return {"kv_cache": {"format": form, **cache.memory_report().describe()}}
+
+
+def cache_in_words(cache: KVCache) -> str:
+    from quantkit.cli.console import size
+
+    memory = cache.memory_report()
+    text = f"keys and values: {size(memory.bytes)}, {memory.bits_per_element:.2f} bits per element"
+    return text if cache.kv is None else f"{text}; {cache.kv.describe()}"
 
 
 def _device_map(device: str) -> str | None:

@@ -6,10 +6,15 @@ ratio is many times narrower than that of either perplexity.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+RESAMPLES = 2000
+DRAWN_AT_ONCE = 10_000_000
+"""Numbers in memory at a time."""
 
 
 class Ratio(NamedTuple):
@@ -25,8 +30,21 @@ class Ratio(NamedTuple):
         return not self.low <= 1 <= self.high
 
 
+class Difference(NamedTuple):
+    """A mean minus the baseline's, with an interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def differs(self) -> bool:
+        """Is 0 outside of the interval?"""
+        return not self.low <= 0 <= self.high
+
+
 def perplexity_ratio(nll: Tensor, baseline: Tensor, *, confidence: float = 0.95, seed: int = 0) -> Ratio:
-    """exp(mean(nll - baseline)) with its bootstrap interval (percentiles of 2,000 resamples of the windows).
+    """exp(mean(nll - baseline)) with its bootstrap interval.
 
     Args:
         nll: [windows] mean loss of each window; windows of equal length.
@@ -35,12 +53,34 @@ def perplexity_ratio(nll: Tensor, baseline: Tensor, *, confidence: float = 0.95,
     Raises:
         ValueError: the two do not come from the same windows.
     """
-    if nll.shape != baseline.shape:
-        raise ValueError(f"losses of {len(nll)} and {len(baseline)} windows cannot be paired")
-    difference = nll.double() - baseline.double()
+    return Ratio(*(math.exp(end) for end in mean_difference(nll, baseline, confidence=confidence, seed=seed)))
+
+
+def mean_difference(values: Tensor, baseline: Tensor, *, confidence: float = 0.95, seed: int = 0) -> Difference:
+    """mean(values - baseline) with its bootstrap interval (percentiles of 2,000 resamples).
+
+    Args:
+        values: [n], one for each window or document.
+        baseline: [n], of the other model on the same ones.
+
+    Raises:
+        ValueError: the two do not come from the same ones.
+    """
+    if values.shape != baseline.shape:
+        raise ValueError(f"{len(values)} and {len(baseline)} windows or documents cannot be paired")
+    difference = values.double() - baseline.double()
+    count = len(difference)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(0, len(difference), (2000, len(difference)), generator=generator)
-    means = difference[drawn].mean(dim=1).sort().values
+    at_once = max(1, min(RESAMPLES, DRAWN_AT_ONCE // count))
+    means = torch.cat(
+        [
+            difference[torch.randint(0, count, (min(at_once, RESAMPLES - done), count), generator=generator)].mean(
+                dim=1
+            )
+            for done in range(0, RESAMPLES, at_once)
+        ]
+    )
+    means = means.sort().values
     tail = (1 - confidence) / 2
-    low, high = (means[round(q * (len(means) - 1))].exp() for q in (tail, 1 - tail))
-    return Ratio(float(difference.mean().exp()), float(low), float(high))
+    low, high = (means[round(q * (len(means) - 1))] for q in (tail, 1 - tail))
+    return Difference(float(difference.mean()), float(low), float(high))

@@ -46,6 +46,16 @@ class Perplexity:
 
 
 @dataclass(frozen=True)
+class Windows:
+    """A text as a model is run on it."""
+
+    tokens: Tensor
+    """[windows, seqlen] int64, on the CPU."""
+    protocol: str
+    """How they were cut, in one sentence."""
+
+
+@dataclass(frozen=True)
 class WindowLosses:
     """What a perplexity is made of: windows of the same text can be compared one by one between models."""
 
@@ -79,42 +89,75 @@ def window_losses(
     """Mean loss of ``model`` on every window of ``text``.
 
     Args:
-        seqlen: tokens per window; default: 2048, or as many as the model has positions.
-        max_tokens: use only that many tokens from the start of the stream.
+        seqlen: as the next two, for ``token_windows``.
         batch_size: windows per forward pass; changes speed and memory, not the number.
-        bos: begin every window with the tokenizer's BOS token, which takes the place of one text token.
         on_progress: called with (what, windows done, windows in all).
 
     Raises:
         RecipeError: a length that the model or the text cannot have.
         QuantkitError: fewer than two tokens of text, a foreign tokenizer, or logits that are not numbers.
     """
+    windows = token_windows(model, tokenizer, text, seqlen=seqlen, max_tokens=max_tokens, bos=bos)
+    count, length = windows.tokens.shape
+    losses = []
+    for first in range(0, count, batch_size):
+        batch = windows.tokens[first : first + batch_size]
+        losses.append(_summed_losses(model, batch))
+        check_finite(losses[-1], first, text)
+        if on_progress:
+            on_progress(f"perplexity of {text.name}", first + len(batch), count)
+    return WindowLosses(torch.cat(losses) / (length - 1), length, windows.protocol)
+
+
+def token_windows(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    text: Text,
+    *,
+    seqlen: int | None = None,
+    max_tokens: int | None = None,
+    bos: bool = False,
+) -> Windows:
+    """Cut ``text`` into the windows that ``model`` is measured on.
+
+    Args:
+        seqlen: tokens per window; default: 2048, or as many as the model has positions.
+        max_tokens: use only that many tokens from the start of the stream.
+        bos: begin every window with the tokenizer's BOS token, which takes the place of one text token.
+
+    Raises:
+        RecipeError: a length that the model or the text cannot have.
+        QuantkitError: fewer than two tokens of text, or a foreign tokenizer.
+    """
     seqlen = _window_length(model, seqlen)
     stream = tokenizer(text.joined, add_special_tokens=False, verbose=False, return_tensors="pt")["input_ids"][0]
     if max_tokens is not None:
         stream = stream[:max_tokens]
-    windows = _windows(stream, seqlen, _bos_id(tokenizer) if bos else None, text)
+    tokens = _cut(stream, seqlen, _bos_id(tokenizer) if bos else None, text)
     vocabulary = model.config.get_text_config().vocab_size
-    if int(windows.max()) >= vocabulary:
+    if int(tokens.max()) >= vocabulary:
         raise QuantkitError(
-            f"the tokenizer gives token {int(windows.max())} but the model embeds only {vocabulary}: they do not "
+            f"the tokenizer gives token {int(tokens.max())} but the model embeds only {vocabulary}: they do not "
             "belong together; put the model's own tokenizer files into its folder."
         )
-    losses = []
-    for first in range(0, len(windows), batch_size):
-        batch = windows[first : first + batch_size]
-        losses.append(_summed_losses(model, batch))
-        if not losses[-1].isfinite().all():
-            last = first + len(batch)
-            raise QuantkitError(
-                f"the model's logits on windows {first + 1} to {last} of {text.name} are not finite: its weights are "
-                "broken, or its dtype overflows; try --dtype float32."
-            )
-        if on_progress:
-            on_progress(f"perplexity of {text.name}", min(first + batch_size, len(windows)), len(windows))
-    length = windows.shape[1]
-    protocol = _protocol(len(windows), length, seqlen, len(stream), bos)
-    return WindowLosses(torch.cat(losses) / (length - 1), length, protocol)
+    count, length = tokens.shape
+    return Windows(tokens, _protocol(count, length, seqlen, len(stream), bos))
+
+
+def check_finite(losses: Tensor, first: int, text: Text, whose: str = "the model's") -> None:
+    """A perplexity of logits that are no numbers is none.
+
+    Args:
+        losses: [B], of the windows from number ``first`` (of 0 ..) on.
+
+    Raises:
+        QuantkitError: one of them is NaN or infinite.
+    """
+    if not losses.isfinite().all():
+        raise QuantkitError(
+            f"{whose} logits on windows {first + 1} to {first + len(losses)} of {text.name} are not finite: its "
+            "weights are broken, or its dtype overflows; try --dtype float32."
+        )
 
 
 def _window_length(model: PreTrainedModel, seqlen: int | None) -> int:
@@ -136,7 +179,7 @@ def _bos_id(tokenizer: Any) -> int:
     return int(tokenizer.bos_token_id)
 
 
-def _windows(stream: Tensor, seqlen: int, bos_id: int | None, text: Text) -> Tensor:
+def _cut(stream: Tensor, seqlen: int, bos_id: int | None, text: Text) -> Tensor:
     """stream [tokens] -> [windows, seqlen] int64; [1, fewer] where the text does not fill one window."""
     room = seqlen if bos_id is None else seqlen - 1
     if len(stream) + (bos_id is not None) < 2:
@@ -160,11 +203,11 @@ def _summed_losses(model: PreTrainedModel, batch: Tensor) -> Tensor:
     """
     logits = model(input_ids=batch.to(model.device), use_cache=False).logits  # [B, T, V]
     targets = batch.to(logits.device)
-    total = torch.zeros(len(batch), dtype=torch.float64)
+    total = torch.zeros(len(batch), dtype=torch.float64, device=logits.device)
     for number, (window, tokens) in enumerate(zip(logits[:, :-1], targets[:, 1:], strict=True)):
         for rows, wanted in zip(window.split(TOKENS_PER_CHUNK), tokens.split(TOKENS_PER_CHUNK), strict=True):
-            total[number] += cross_entropy(rows.float(), wanted, reduction="none").double().sum().cpu()
-    return total
+            total[number] += cross_entropy(rows.float(), wanted, reduction="none").double().sum()
+    return total.cpu()  # once: every look at a GPU's result waits for it
 
 
 def _protocol(windows: int, length: int, seqlen: int, stream: int, bos: bool) -> str:

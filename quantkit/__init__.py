@@ -14,11 +14,22 @@ from quantkit.integrations.hook import register_with_transformers
 
 if TYPE_CHECKING:
     from quantkit.kv.attach import kv_cache
+    from quantkit.kv.saved import load_cache
     from quantkit.loading import load
     from quantkit.pipeline import quantize
     from quantkit.recipe import Recipe, Scheme, load_recipe
 
-__all__ = ["QuantkitError", "Recipe", "RecipeError", "Scheme", "kv_cache", "load", "load_recipe", "quantize"]
+__all__ = [
+    "QuantkitError",
+    "Recipe",
+    "RecipeError",
+    "Scheme",
+    "kv_cache",
+    "load",
+    "load_cache",
+    "load_recipe",
+    "quantize",
+]
 __version__ = "0.1.0"
 
 _LAZY = {
@@ -26,6 +37,7 @@ _LAZY = {
     "Scheme": "quantkit.recipe",
     "kv_cache": "quantkit.kv.attach",
     "load": "quantkit.loading",
+    "load_cache": "quantkit.kv.saved",
     "load_recipe": "quantkit.recipe",
     "quantize": "quantkit.pipeline",
 }

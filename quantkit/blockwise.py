@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.kv import LearnedKV
+from quantkit.formats.kv import KVFormat, LearnedKV
 from quantkit.formats.layer import LayerFormat, LayerInputs, from_tensors, input_tensors, stored_bytes, weight_tensors
 from quantkit.formats.quantized import QuantizedWeight
 from quantkit.kernels.online import restore
@@ -200,7 +200,7 @@ class BlockQuantizer:
     def _held_kv(self, index: int, learned: Mapping[str, LearnedKV]) -> dict[str, LearnedKV]:
         """What the attentions of block ``index`` hold, as it is stored: what was learned, if the plan lets it be."""
         kv = self._plan.kv
-        if kv is None or not kv.learned_clips:
+        if not isinstance(kv, KVFormat) or not kv.learned_clips:
             return {}
         found = attentions(self._skeleton.block_module(index))
         return {one.path: learned.get(one.path) or unlearned(kv, one, self._plan.scale_dtype) for one in found}
@@ -228,7 +228,7 @@ class BlockQuantizer:
         """The block as it is, and what enters its modules ``names``."""
         module = self._dense_module(state, formats)
         want: Any = step.statistics
-        rounds = formats is not None and (self._recipe.scheme.activations or self._recipe.scheme.kv)
+        rounds = formats is not None and (self._recipe.scheme.activations or self._plan.kv)
         reference = self._dense_module(state, None) if "cross" in want and rounds else None
         statistics = session.observe(module, names, want, reference=reference, stream=step.stream)
         for path, samples in sorted(statistics.nonfinite.items()):

@@ -15,7 +15,7 @@ import torch
 
 from quantkit.errors import RecipeError
 from quantkit.formats.config import portable_reason
-from quantkit.formats.kv import KVFormat
+from quantkit.formats.kv import AnyKV, KVFormat, kv_of
 from quantkit.formats.layer import InputOp, LayerFormat, stored_bytes
 from quantkit.kv.attach import attentions, key_dim, why_not
 from quantkit.recipe import PER_CHANNEL, Calibration, Recipe, WeightScheme
@@ -60,7 +60,7 @@ class Plan:
     notes: tuple[str, ...]
     calibration: Calibration | None
     """Fitted to the model; None: neither a method of the run nor a static activation scale looks at data."""
-    kv: KVFormat | None = None
+    kv: AnyKV | None = None
     """How the model keeps keys and values; None: in full precision."""
     residual: str = ""
     """How the residual stream of the whole model is changed before the first step; empty: it is not."""
@@ -139,7 +139,8 @@ def make_plan(recipe: Recipe, source: Path, skeleton: Skeleton, checkpoint: Chec
     obstacle = portable_reason({layer.name: layer.format for layer in layers if layer.format}, _shapes(layers))
     if kv is not None:
         notes.append(f"keys and values are kept as {kv.describe()}")
-        obstacle = f"it has no field for keys and values of {kv.bits} bits in the cache."
+        how = f"of {kv.bits} bits" if isinstance(kv, KVFormat) else f"by {kv.method}"
+        obstacle = f"it has no field for keys and values {how} in the cache."
     if recipe.format == "compressed-tensors" and obstacle:
         raise RecipeError(f"--format compressed-tensors cannot hold this result: {obstacle} Use --format auto.")
     native = recipe.format == "quantkit" or obstacle is not None
@@ -190,14 +191,25 @@ def model_dtype(recipe: Recipe, skeleton: Skeleton, checkpoint: Checkpoint) -> t
     return skeleton.tensor_info(f"{skeleton.block_prefix(0)}{first}.weight", checkpoint).dtype
 
 
-def _plan_kv(recipe: Recipe, skeleton: Skeleton, transforms: tuple[BoundStep, ...]) -> KVFormat | None:
-    scheme = recipe.scheme
-    if scheme.kv is None:
+def _wanted_kv(recipe: Recipe) -> AnyKV | None:
+    if recipe.scheme.kv is not None:
+        return KVFormat.of(recipe.scheme.kv, recipe.seed)
+    settings = dict(recipe.kv or {})
+    method = settings.pop("method", None)
+    return None if method is None else kv_of(method, settings, recipe.seed)
+
+
+def _plan_kv(recipe: Recipe, skeleton: Skeleton, transforms: tuple[BoundStep, ...]) -> AnyKV | None:
+    scheme, kv = recipe.scheme, _wanted_kv(recipe)
+    if kv is None:
         return None
-    reason = why_not(skeleton.model)
-    if reason:
+    reason = why_not(skeleton.model, kv)
+    if reason and scheme.kv is not None:
         raise RecipeError(f"scheme {scheme.name}: {reason}; leave KV{scheme.kv.bits} out.")
-    kv = KVFormat.of(scheme.kv, recipe.seed)
+    if reason:
+        raise RecipeError(f"kv: {reason}; leave it out, or choose another of `quantkit methods`.")
+    if not isinstance(kv, KVFormat):
+        return kv
     learning = next((step.method.name for step in transforms if getattr(step.config, "keys", False)), None)
     if learning is None:
         return kv
@@ -210,7 +222,7 @@ def _plan_kv(recipe: Recipe, skeleton: Skeleton, transforms: tuple[BoundStep, ..
     return kv.to_be_learned()
 
 
-def _kv_bytes(kv: KVFormat | None, skeleton: Skeleton, dtype: torch.dtype) -> int:
+def _kv_bytes(kv: AnyKV | None, skeleton: Skeleton, dtype: torch.dtype) -> int:
     """Of what is stored about keys and values."""
     if kv is None:
         return 0

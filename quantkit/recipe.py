@@ -261,6 +261,11 @@ class Recipe(_Strict):
         "auto", description="dtype of scales and of everything left unquantised; auto: the source's"
     )
     seed: int = Field(0, ge=0, description="seed of everything random in the run")
+    kv: dict[str, Any] | None = Field(
+        None,
+        description="how the checkpoint keeps keys and values, in the place of KV<bits> of the scheme: a name of "
+        "`quantkit methods`, or its method and settings",
+    )
     allow_nonfinite: bool = Field(
         False, description="keep a layer with NaN or Inf in full precision instead of failing"
     )
@@ -276,6 +281,37 @@ class Recipe(_Strict):
         if not isinstance(value, list | tuple):
             return value
         return [{"method": step} if isinstance(step, str) else step for step in value]
+
+    @field_validator("kv", mode="before")
+    @classmethod
+    def _kv_may_be_a_name(cls, value: Any) -> Any:
+        """``kivi-2bit`` or {method: kivi, bits: 2} -> the method and all its settings, checked."""
+        if isinstance(value, str):
+            value = {"method": value}
+        if not isinstance(value, dict):
+            return value
+        from quantkit.kv import methods
+
+        settings = dict(value)
+        method = settings.pop("method", None)
+        if not isinstance(method, str):
+            raise ValueError("names no method; write kv: kivi-2bit, or kv: {method: kivi, bits: 2}")
+        if method == methods.NONE and not settings:
+            return None
+        try:
+            row, config = methods.request(method, settings)
+            row.check_no_file(config)
+        except RecipeError as error:
+            raise ValueError(f"is no cache: {error}".removesuffix(".")) from None
+        return {"method": row.name, **config.model_dump(mode="json")}
+
+    @model_validator(mode="after")
+    def _one_says_how_keys_and_values_are_kept(self) -> Recipe:
+        if self.kv is not None and self.scheme.kv is not None:
+            raise ValueError(
+                f"kv asks for {self.kv['method']} and the scheme for KV{self.scheme.kv.bits}; leave one of them out"
+            )
+        return self
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

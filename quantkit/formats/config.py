@@ -28,7 +28,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.kv import KVFormat
+from quantkit.formats.kv import AnyKV, parse_kv
 from quantkit.formats.layer import LayerFormat
 from quantkit.formats.matching import REGEX, LayerFormats, compact
 from quantkit.formats.portable import PORTABLE_METHOD, portable_config, portable_reason, read_portable
@@ -47,9 +47,7 @@ NATIVE_METHOD = "quantkit"
 FORMAT_VERSION = 1
 
 
-def native_config(
-    formats: Mapping[str, LayerFormat], ignore: Iterable[str], kv: KVFormat | None = None
-) -> dict[str, Any]:
+def native_config(formats: Mapping[str, LayerFormat], ignore: Iterable[str], kv: AnyKV | None = None) -> dict[str, Any]:
     """The native block for ``formats`` (module name -> format).
 
     Args:
@@ -85,7 +83,7 @@ def read_config(block: Mapping[str, Any]) -> LayerFormats:
     )
 
 
-def read_kv(block: Mapping[str, Any]) -> KVFormat | None:
+def read_kv(block: Mapping[str, Any]) -> AnyKV | None:
     """How a native ``quantization_config`` block says that keys and values are kept; None: in full precision.
 
     Raises:
@@ -95,7 +93,7 @@ def read_kv(block: Mapping[str, Any]) -> KVFormat | None:
     if entry is None:
         return None
     try:
-        return KVFormat.model_validate(entry)
+        return parse_kv(entry)
     except ValidationError as error:
         raise _damaged(error, "quantization_config.kv_cache") from None
 
@@ -103,7 +101,9 @@ def read_kv(block: Mapping[str, Any]) -> KVFormat | None:
 def _damaged(error: ValidationError, where: str) -> QuantkitError:
     problem = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in (where, *problem["loc"]))
-    return QuantkitError(f"{place}: {problem['msg']}; the checkpoint was changed or is damaged.")
+    return QuantkitError(
+        f"{place}: {problem['msg'].removeprefix('Value error, ')}; the checkpoint was changed or is damaged."
+    )
 
 
 def _read_native(block: Mapping[str, Any]) -> LayerFormats:

@@ -12,7 +12,7 @@ import torch
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.config import read_config, read_kv
-from quantkit.formats.kv import KVFormat
+from quantkit.formats.kv import AnyKV
 from quantkit.formats.layer import LayerFormat
 from quantkit.formats.writer import RUN_RECORD, read_record
 from quantkit.kernels.online import operations
@@ -51,7 +51,7 @@ class CheckpointReport:
     layers: tuple[LayerReport, ...]
     total_bytes: int
     record: tuple[dict[str, Any], ...]
-    kv: KVFormat | None
+    kv: AnyKV | None
     """How the model keeps keys and values; None: in full precision."""
 
     @property

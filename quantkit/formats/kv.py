@@ -1,6 +1,9 @@
 """How a checkpoint says that its model keeps keys and values quantised: ``kv_cache`` in ``quantization_config``.
 
-Tensors under the name of each attention, in the dtype of scales, if they were learned:
+    {"bits": 4, "symmetric": false, "clip": 1.0, ...}         ``KVFormat``: what KV2 .. KV8 of a scheme means
+    {"method": "kivi", "bits": 2, "group_size": 32, ...}      ``CacheFormat``: any other method of ``kv/methods.py``
+
+Of a ``KVFormat`` there are tensors under the name of each attention, in the dtype of scales, if they were learned:
 
     key_matrix    [head_dim, head_dim]    key_transform: dense    keys are multiplied by it from the right
     key_clip      [2]                     learned_clips           shares of the lower and upper end of their ranges
@@ -9,14 +12,17 @@ Tensors under the name of each attention, in the dtype of scales, if they were l
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 from torch import Tensor
 
+from quantkit.errors import RecipeError
+from quantkit.kv import methods
 from quantkit.recipe import KVScheme
 
 
@@ -50,6 +56,8 @@ class KVFormat(BaseModel):
     )
     seed: int = Field(ge=0, description="of the signs of the Hadamard matrices")
     learned_clips: bool = Field(False, description="stored shares of the range for each layer, in the place of clip")
+
+    by_token: ClassVar[bool] = True
 
     @classmethod
     def of(cls, scheme: KVScheme, seed: int) -> KVFormat:
@@ -86,3 +94,81 @@ class KVFormat(BaseModel):
         if self.key_transform == "dense":
             return f"{text}; keys multiplied by learned matrices"
         return text if self.key_transform == "none" else f"{text}; keys rotated ({self.key_transform})"
+
+
+class CacheFormat(BaseModel):
+    """Keys and values by a method of ``kv/methods.py``: its name and its settings side by side."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str
+    config: Any
+    """The method's own, checked."""
+
+    learned_clips: ClassVar[bool] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_are_the_methods(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or isinstance(data.get("config"), BaseModel):
+            return data
+        settings = {key: value for key, value in data.items() if key != "method"}
+        try:
+            row, config = methods.request(str(data.get("method")), settings)
+            row.check_no_file(config)
+        except RecipeError as error:
+            raise ValueError(str(error).removesuffix(".")) from None
+        if isinstance(config, KVScheme):
+            raise ValueError(f"method '{row.name}' is stored without its name, as bits, symmetric, clip ...")
+        return {"method": row.name, "config": config}
+
+    @model_serializer
+    def _side_by_side(self) -> dict[str, Any]:
+        return {"method": self.method, **self.config.model_dump(mode="json")}
+
+    @property
+    def by_token(self) -> bool:
+        """Each token is kept by itself."""
+        return methods.get(self.method).by_token
+
+    def tensor_shapes(self, key_dim: int) -> dict[str, tuple[int, ...]]:
+        """Nothing is learned, so attention holds nothing."""
+        return {}
+
+    def stored_bytes(self, key_dim: int, dtype: torch.dtype) -> int:
+        return 0
+
+    def describe(self) -> str:
+        """In words, behind "keys and values"."""
+        text: str = self.config.describe()
+        return text
+
+
+AnyKV = KVFormat | CacheFormat
+
+
+def kv_of(name: str, settings: Mapping[str, Any] | None = None, seed: int = 0) -> AnyKV | None:
+    """What ``name`` of ``kv/methods.py`` (with ``settings``) stands for; None: ``none``, full precision.
+
+    Args:
+        seed: of the signs of Hadamard matrices in front of evenly spaced codes.
+
+    Raises:
+        RecipeError: no such method or setting, with the nearest known one, or a value that a setting cannot have.
+    """
+    if name.strip().lower() == methods.NONE and not settings:
+        return None
+    row, config = methods.request(name, settings)
+    if isinstance(config, KVScheme):
+        return KVFormat.of(config, seed)
+    return CacheFormat(method=row.name, config=config)
+
+
+def parse_kv(entry: Any) -> AnyKV:
+    """``entry`` as it is stored.
+
+    Raises:
+        pydantic.ValidationError: it is nothing that this version writes.
+    """
+    kind: type[AnyKV] = CacheFormat if isinstance(entry, Mapping) and "method" in entry else KVFormat
+    return kind.model_validate(entry)

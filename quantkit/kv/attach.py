@@ -8,6 +8,9 @@ goes on with what that returns. So one hook in front of each attention is enough
                          holds the cache sees it
     a quantised one      is used as it is
 
+A method that keeps several tokens together (``CacheMethod.by_token`` is false) leaves layers with a sliding window as
+transformers has them: those are bounded by the window, and a group could not be parted where the window ends.
+
 What was learned about keys and values is held by the attention as buffers, under the names of ``formats/kv.py``: a
 checkpoint fills them and ``.to(device)`` moves them. The hook makes of them what a cache needs, when it is needed.
 """
@@ -21,12 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
-from quantkit.errors import QuantkitError
-from quantkit.formats.kv import KVFormat, LearnedKV
+from quantkit.errors import QuantkitError, RecipeError
+from quantkit.formats.kv import AnyKV, CacheFormat, KVFormat, LearnedKV, kv_of
+from quantkit.kv import methods
 from quantkit.kv.cache import KVCache, RoundingCache, can_be_replaced, new_cache, use_quantised_layer
-from quantkit.kv.interface import LayerKV
+from quantkit.kv.interface import LayerFacts, LayerKV
 from quantkit.kv.quantiser import MinMax
 from quantkit.kv.rotation import KeyMatrix, RandomHadamard
 from quantkit.models.source import auto_class
@@ -38,6 +43,7 @@ _ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
 """What the cache is called where an attention takes one."""
 _WIDTHS = ("qk_head_dim", "head_dim", "head_size")
 """What the width of a key is called; the first may differ from that of a value, which has the second."""
+_VALUE_WIDTHS = ("v_head_dim", *_WIDTHS[1:])
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,34 @@ def attentions(model: nn.Module) -> list[Attention]:
 
 def key_dim(attention: nn.Module) -> int:
     """Numbers in a key of one head; 0: the module does not say."""
-    widths = [getattr(attention, name, None) for name in _WIDTHS]
+    return _width(attention, _WIDTHS)
+
+
+def _width(attention: nn.Module, names: tuple[str, ...]) -> int:
+    widths = [getattr(attention, name, None) for name in names]
     return next((width for width in widths if isinstance(width, int)), 0)
+
+
+def _config(model: nn.Module, one: Attention) -> PreTrainedConfig | None:
+    """Of the model that the attention is from, if it or the attention holds it."""
+    found = getattr(model, "config", None) or getattr(one.module, "config", None)
+    return found if isinstance(found, PreTrainedConfig) else None
+
+
+def _kept(model: nn.Module, kv: AnyKV) -> list[Attention]:
+    """The attentions of ``model`` (or of a block) whose keys and values ``kv`` is for."""
+    found = attentions(model)
+    if kv.by_token or not found:
+        return found
+    config = _config(model, found[0])
+    sliding = [] if config is None else DynamicCache(config=config).is_sliding
+    return [one for one in found if one.layer >= len(sliding) or not sliding[one.layer]]
+
+
+def method_kv(kv: CacheFormat, one: Attention, config: PreTrainedConfig | None) -> LayerKV:
+    """How the attention ``one`` of a model of ``config`` keeps its keys and values."""
+    facts = LayerFacts(one.layer, key_dim(one.module), _width(one.module, _VALUE_WIDTHS), config)
+    return methods.get(kv.method).layer_kv(kv.config, facts)
 
 
 def layer_kv(kv: KVFormat, layer: int, learned: LearnedKV | None = None) -> LayerKV:
@@ -110,7 +142,7 @@ def unlearned(kv: KVFormat, one: Attention, dtype: torch.dtype) -> LearnedKV:
     return LearnedKV(clip, clip.clone(), matrix)
 
 
-def quantise_kv(model: nn.Module, kv: KVFormat, learned: Mapping[str, LearnedKV] | None = None) -> None:
+def quantise_kv(model: nn.Module, kv: AnyKV, learned: Mapping[str, LearnedKV] | None = None) -> None:
     """Make every attention of ``model`` (or of a block) keep keys and values as ``kv`` says, in place.
 
     Args:
@@ -121,7 +153,7 @@ def quantise_kv(model: nn.Module, kv: KVFormat, learned: Mapping[str, LearnedKV]
         QuantkitError: an attention of the model does not say how wide its keys are, on which the tensors depend.
     """
     dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), torch.float32)
-    for one in attentions(model):
+    for one in _kept(model, kv):
         shapes = kv.tensor_shapes(key_dim(one.module))
         if not all(all(shape) for shape in shapes.values()):
             raise QuantkitError(
@@ -131,14 +163,17 @@ def quantise_kv(model: nn.Module, kv: KVFormat, learned: Mapping[str, LearnedKV]
         for name, shape in shapes.items():
             empty = torch.empty(shape, dtype=dtype, device="meta")
             one.module.register_buffer(name, empty if learned is None else learned[one.path].tensors()[name])
-        one.module.register_forward_pre_hook(KVHook(one, kv), with_kwargs=True)
+        hook = KVHook(one, kv, _config(model, one))
+        hook.handle = one.module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 class KVHook:
     """In front of an attention: what it does with keys and values goes through a quantised cache."""
 
-    def __init__(self, one: Attention, kv: KVFormat) -> None:
+    def __init__(self, one: Attention, kv: AnyKV, config: PreTrainedConfig | None = None) -> None:
         self.format = kv
+        self.handle: RemovableHandle | None = None
+        self._method = method_kv(kv, one, config) if isinstance(kv, CacheFormat) else None
         self.trial: LayerKV | None = None
         """In the place of what the attention holds: while it is learned."""
         self._argument, self._position, self._layer = one.argument, one.position, one.layer
@@ -158,8 +193,16 @@ class KVHook:
             return (*args[: self._position], rounding, *args[self._position + 1 :]), kwargs
         return args, kwargs | {self._argument: rounding}
 
+    @property
+    def learnable(self) -> KVFormat:
+        """The format, of which something is to be learned."""
+        assert isinstance(self.format, KVFormat)
+        return self.format
+
     def layer_kv(self, module: nn.Module) -> LayerKV:
         """How ``module``, the attention, keeps its keys and values, by what it holds."""
+        if self._method is not None:
+            return self._method
         held = {name: module.get_buffer(name) for name in self.format.tensor_shapes(0)}
         now = [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in held.values()]
         known = len(now) == len(self._held) and all(
@@ -170,7 +213,7 @@ class KVHook:
             # Copies: through a tensor that was born in inference mode no gradient passes.
             with torch.inference_mode(False), torch.no_grad():
                 learned = LearnedKV(**{name: tensor.clone() for name, tensor in held.items()}) if held else None
-                self._built, self._held = layer_kv(self.format, self._layer, learned), now
+                self._built, self._held = layer_kv(self.learnable, self._layer, learned), now
         return self._built
 
 
@@ -188,11 +231,12 @@ def _wide(clip: Tensor) -> Tensor:
     return clip if clip.dtype == torch.float64 else clip.float()
 
 
-def why_not(model: PreTrainedModel) -> str:
+def why_not(model: PreTrainedModel, kv: AnyKV | None = None) -> str:
     """Why the keys and values of ``model`` cannot be quantised, in words; empty if they can.
 
     Args:
         model: only its structure is looked at, so it may be on the meta device.
+        kv: as this wants it; None: by any method.
     """
     name = type(model).__name__
     if auto_class(model.config) is not AutoModelForCausalLM:
@@ -205,27 +249,92 @@ def why_not(model: PreTrainedModel) -> str:
         if one.layer < len(layers) and not can_be_replaced(layers[one.layer]):
             kind = type(layers[one.layer]).__name__
             return f"{name} keeps layer {one.layer} in a {kind}, of which there is no quantised form"
+    if isinstance(kv, CacheFormat) and not _kept(model, kv):
+        return f"{kv.method} encodes several tokens together, and every layer of {name} has a sliding window"
     return ""
 
 
-def kv_format(model: PreTrainedModel) -> KVFormat | None:
-    """How ``model``, a loaded checkpoint, keeps its keys and values; None: in full precision."""
-    return getattr(getattr(model.config, "quantization_config", None), "kv", None)
+def set_kv(model: PreTrainedModel, kv: AnyKV | None) -> None:
+    """From now on ``model``, quantised or not, keeps keys and values as ``kv`` says; None: in full precision.
 
-
-def kv_cache(model: PreTrainedModel) -> KVCache:
-    """A fresh cache for ``model``, to pass as ``past_key_values``; ``memory_report()`` says what it takes.
-
-    A loaded model makes such a cache by itself; this is for those who want to hold it.
+    Every forward and every ``generate`` that is given no cache goes by it. What a checkpoint says is overruled; what
+    was learned for it stays where it is.
 
     Raises:
-        QuantkitError: the checkpoint of ``model`` says nothing of a quantised cache.
+        QuantkitError: the model has no cache, or none of this kind.
     """
+    if kv is not None:
+        _refuse(model, kv)
+    for hook in kv_hooks(model).values():
+        assert hook.handle is not None
+        hook.handle.remove()
+    if kv is not None:
+        quantise_kv(model, kv, {})
+
+
+def kv_format(model: PreTrainedModel) -> AnyKV | None:
+    """How ``model`` keeps its keys and values; None: in full precision."""
+    return next((hook.format for hook in kv_hooks(model).values()), None)
+
+
+def kv_cache(
+    method: str | PreTrainedModel | None = None, *, model: PreTrainedModel | None = None, **settings: Any
+) -> KVCache:
+    """A fresh cache, to pass as ``past_key_values``; ``memory_report()`` says what it takes.
+
+        kv_cache(model)                                 as its checkpoint says
+        kv_cache("kivi", bits=2, model=model)           by a method of `quantkit methods`, for any model
+        kv_cache("rotation-3bit", model=model)          by a name with the settings in it
+
+    A model whose checkpoint says how to keep keys and values makes such a cache by itself; this is for those who want
+    to hold it, or another one.
+
+    Raises:
+        RecipeError: no such method or setting, with the nearest known one, or a value that a setting cannot have.
+        QuantkitError: the checkpoint says nothing of a quantised cache, or the model has none of this kind.
+    """
+    if not isinstance(method, str | None):
+        method, model = None, method
+    if model is None:
+        raise RecipeError("kv_cache needs the model that the cache is for: kv_cache('kivi-2bit', model=model).")
+    if method is not None:
+        return empty_cache(model, kv_of(method, settings))
+    if settings:
+        raise RecipeError(f"kv_cache was given {', '.join(settings)} but no method; name one first, as 'kivi'.")
     kv = kv_format(model)
     if kv is None:
         raise QuantkitError(
-            f"this {type(model).__name__} keeps keys and values in full precision; quantise it with a scheme that "
-            "ends in KV<bits>, for example W4A16KV4, to have them quantised."
+            f"this {type(model).__name__} keeps keys and values in full precision; name a method, for example "
+            "kv_cache('kivi-2bit', model=model), or quantise it with a scheme that ends in KV<bits>, for example "
+            "W4A16KV4."
         )
+    return empty_cache(model, kv)
+
+
+def empty_cache(model: PreTrainedModel, kv: AnyKV | None) -> KVCache:
+    """For ``model``, by ``kv``; None: all layers as transformers keeps them.
+
+    Raises:
+        QuantkitError: the model has no cache, or none of this kind, or not what was learned for it.
+    """
+    if kv is None:
+        return new_cache(model.config, {})
     hooks = kv_hooks(model)
-    return new_cache(model.config, {one.layer: hooks[one.path].layer_kv(one.module) for one in attentions(model)})
+    if kv == kv_format(model):
+        layers = {one.layer: hooks[one.path].layer_kv(one.module) for one in attentions(model) if one.path in hooks}
+        return new_cache(model.config, layers, kv)
+    _refuse(model, kv)
+    made = {
+        one.layer: method_kv(kv, one, model.config) if isinstance(kv, CacheFormat) else layer_kv(kv, one.layer)
+        for one in _kept(model, kv)
+    }
+    return new_cache(model.config, made, kv)
+
+
+def _refuse(model: PreTrainedModel, kv: AnyKV) -> None:
+    """Raise if ``model`` cannot keep its keys and values by ``kv``, of which nothing was learned yet."""
+    reason = why_not(model, kv)
+    if not reason and kv.learned_clips:
+        reason = f"this {type(model).__name__} does not hold what was learned for the cache"
+    if reason:
+        raise QuantkitError(f"{reason}; leave the cache in full precision, or choose one of `quantkit methods`.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from quantkit.errors import QuantkitError
-from quantkit.kv.interface import LayerKV, Store
+from quantkit.formats.kv import AnyKV
+from quantkit.kv.interface import ChunkedStore, LayerKV, Store
 
 
 class QuantisedLayer(CacheLayerMixin):
@@ -40,6 +42,8 @@ class QuantisedLayer(CacheLayerMixin):
         self._keys: Store
         self._values: Store
         self._seen: int
+        self._like: tuple[Tensor, Tensor] | None
+        """Keys and values of no token, [batch, heads, 0, head_dim]: what the next ones have to look like."""
         self._restart()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -51,9 +55,14 @@ class QuantisedLayer(CacheLayerMixin):
 
         Returns:
             Keys and values of all tokens that the ``n`` may see, as they are stored, in the dtype they came in.
+
+        Raises:
+            QuantkitError: they are of another number of sequences, heads or channels than those held.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._check(key_states, value_states)
+        self._hold(self.record_past)
         transform = self.kv.transform
         keys = self._keys.append(key_states if transform is None else transform.apply(key_states))
         keys = keys if transform is None else transform.undo(keys)
@@ -83,8 +92,8 @@ class QuantisedLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def activate_past_recording(self) -> None:
-        """Keep what leaves the window until the next ``crop``, which may take it back."""
-        self.record_past = self.window is not None
+        """Keep what leaves the window, and encode no groups, until the next ``crop``, which may take tokens back."""
+        self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens.
@@ -92,6 +101,7 @@ class QuantisedLayer(CacheLayerMixin):
         Raises:
             ValueError: the number is positive.
             RuntimeError: tokens have left the window for good (no ``activate_past_recording``).
+            QuantkitError: a group of tokens that was encoded together would be parted; nothing is changed then.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
@@ -105,6 +115,7 @@ class QuantisedLayer(CacheLayerMixin):
                 store.keep(0, max(0, store.length + tokens_to_remove))
             self._seen = max(0, self._seen + tokens_to_remove)
         self._drop_unseen()
+        self._hold(False)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._change(lambda part: part.index_select(0, beam_idx.to(part.device)))
@@ -134,9 +145,44 @@ class QuantisedLayer(CacheLayerMixin):
         if self.kv.transform is not None:
             yield from self.kv.transform.tensors()
 
+    def state(self) -> dict[str, Tensor]:
+        """All that ``load`` of another layer with the same ``kv`` needs to go on as this one; empty: holds nothing."""
+        if self._like is None:
+            return {}
+        like = {"keys": self._like[0], "values": self._like[1], "seen": torch.tensor(self._seen)}
+        parts = {"key": self._keys.state(), "value": self._values.state()}
+        return like | {f"{side}.{name}": part for side, held in parts.items() for name, part in held.items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Hold what ``state`` of another layer gave."""
+        self.reset()
+        if not state:
+            return
+        self._like, self._seen = (state["keys"], state["values"]), int(state["seen"])
+        self.lazy_initialization(*self._like)
+        for side, store in (("key.", self._keys), ("value.", self._values)):
+            store.load({name.removeprefix(side): part for name, part in state.items() if name.startswith(side)})
+
     def _restart(self) -> None:
         self._keys, self._values = self.kv.keys.store(), self.kv.values.store()
-        self._seen = 0
+        self._seen, self._like = 0, None
+
+    def _check(self, keys: Tensor, values: Tensor) -> None:
+        if self._like is None:
+            self._like = keys[:, :, :0].detach().clone(), values[:, :, :0].detach().clone()
+        for what, held, given in (("keys", self._like[0], keys), ("values", self._like[1], values)):
+            if (held.shape[:2], held.shape[3]) != (given.shape[:2], given.shape[3]):
+                raise QuantkitError(
+                    f"the cache holds {what} of {_shape(held)} and was given {_shape(given)}: it is of another batch "
+                    "or another model; take a cache of its own for each, or call reset() on this one."
+                )
+
+    def _hold(self, hold: bool) -> None:
+        for store in (self._keys, self._values):
+            if isinstance(store, ChunkedStore):
+                if store.hold and not hold:
+                    store.settle()
+                store.hold = hold
 
     def _drop_unseen(self) -> None:
         """Tokens that no later query sees."""
@@ -148,6 +194,12 @@ class QuantisedLayer(CacheLayerMixin):
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         self._keys.change(change)
         self._values.change(change)
+        if self._like is not None:
+            self._like = change(self._like[0]), change(self._like[1])
+
+
+def _shape(states: Tensor) -> str:
+    return f"{states.shape[0]} sequences with {states.shape[1]} heads of {states.shape[3]} numbers"
 
 
 @dataclass(frozen=True)
@@ -174,10 +226,55 @@ class MemoryReport:
 
 
 class KVCache(Cache):
-    """One layer for each of the model's, in transformers' own order."""
+    """One layer for each of the model's, in transformers' own order; whoever made it has decided what each is.
+
+    Args:
+        kv: what its quantised layers were made of, to be saved with them; None: there are none, or nobody said.
+    """
+
+    def __init__(self, layers: list[Any], kv: AnyKV | None = None) -> None:
+        super().__init__(layers=layers)
+        self.kv = kv
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As ``Cache.update``.
+
+        Raises:
+            QuantkitError: the model has more layers than the cache, or fewer, or other heads.
+        """
+        if layer_idx >= len(self.layers):
+            raise QuantkitError(
+                f"the cache was made for a model of {len(self.layers)} layers and was given keys of layer {layer_idx}: "
+                "it is of another model; take quantkit.kv_cache of this one."
+            )
+        if layer_idx == 0:
+            self._check_filled()
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _check_filled(self) -> None:
+        """Every layer was reached by the forwards before."""
+        lengths = [layer.get_seq_length() for layer in self.layers if isinstance(layer, QuantisedLayer)]
+        if len(set(lengths)) > 1:
+            filled = sum(length == max(lengths) for length in lengths)
+            raise QuantkitError(
+                f"the cache was made for a model with {len(lengths)} quantised layers, of which {filled} hold all "
+                "tokens: it is of another model, or a forward broke off; take a new quantkit.kv_cache of this one."
+            )
 
     def memory_report(self) -> MemoryReport:
         return memory_report(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write all that is held into the safetensors file ``path``; ``quantkit.load_cache`` reads it.
+
+        Raises:
+            QuantkitError: a layer is of a kind that cannot be saved, or the file cannot be written.
+        """
+        from quantkit.kv.saved import save_cache
+
+        save_cache(self, Path(path))
 
 
 class RoundingCache(Cache):
@@ -194,25 +291,35 @@ class RoundingCache(Cache):
             return self.kv.round(key_states, value_states)
 
 
-def new_cache(config: PreTrainedConfig, layers: dict[int, LayerKV]) -> KVCache:
-    """A cache for a model of ``config``, empty; layers without an entry are kept as transformers keeps them."""
+def new_cache(config: PreTrainedConfig, layers: dict[int, LayerKV], kv: AnyKV | None = None) -> KVCache:
+    """A cache for a model of ``config``, empty; layers without an entry are kept as transformers keeps them.
+
+    Args:
+        kv: what ``layers`` were made of.
+    """
     cache = DynamicCache(config=config)
-    for index, kv in layers.items():
-        use_quantised_layer(cache, index, kv)
-    return KVCache(layers=cache.layers)
+    for index, layer in layers.items():
+        use_quantised_layer(cache, index, layer)
+    return KVCache(cache.layers, kv)
 
 
 def use_quantised_layer(cache: Cache, index: int, kv: LayerKV) -> None:
     """See to it that layer ``index`` of ``cache`` keeps its keys and values quantised.
 
-    An empty layer of a ``DynamicCache`` is replaced by one that keeps them as ``kv`` says; a ``QuantisedLayer`` stays.
-    The cache remains the object that it is, so whoever holds it goes on with it.
+    An empty layer of a ``DynamicCache`` is replaced by one that keeps them as ``kv`` says; a ``QuantisedLayer`` stays,
+    and so does every layer of a ``KVCache``. The cache remains the object that it is, so whoever holds it goes on with
+    it.
 
     Raises:
-        QuantkitError: the layer is of another kind, or holds keys in full precision.
+        QuantkitError: the layer is of another kind, or holds keys in full precision, or is moved to the CPU and back.
     """
-    if isinstance(cache, RoundingCache):
+    if isinstance(cache, RoundingCache | KVCache):
         return
+    if cache.offloading:
+        raise QuantkitError(
+            "the keys and values of this model are quantised, which an offloaded cache is not made for; leave "
+            "cache_implementation='offloaded' out, or load the model in full precision."
+        )
     while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     layer: Any = cache.layers[index]
@@ -224,7 +331,7 @@ def use_quantised_layer(cache: Cache, index: int, kv: LayerKV) -> None:
         raise QuantkitError(
             f"the keys and values of this model are quantised, but the cache it was given holds layer {index} in a "
             f"{type(layer).__name__}{content}; pass past_key_values=quantkit.kv_cache(model), an empty DynamicCache, "
-            "or none."
+            "or none, and no cache_implementation."
         )
     quantised = QuantisedLayer(kv, getattr(layer, "sliding_window", None))
     if getattr(layer, "record_past", False):

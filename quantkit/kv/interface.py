@@ -14,9 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class Store(Protocol):
@@ -55,6 +58,23 @@ class Store(Protocol):
 
     def tensors(self) -> Iterable[Tensor]:
         """Everything that the store keeps alive."""
+
+    def state(self) -> dict[str, Tensor]:
+        """All that an empty store of the same method has to ``load`` to go on as this one."""
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Hold what ``state`` of another store gave."""
+
+
+@runtime_checkable
+class ChunkedStore(Store, Protocol):
+    """A store that encodes several tokens at a time, some time after they came."""
+
+    hold: bool
+    """Encode nothing before ``settle``: new tokens may be taken back."""
+
+    def settle(self) -> None:
+        """Encode what is due."""
 
 
 class Method(Protocol):
@@ -97,3 +117,16 @@ class LayerKV:
         if self.transform is None:
             return self.keys.round(keys), self.values.round(values)
         return self.transform.undo(self.keys.round(self.transform.apply(keys))), self.values.round(values)
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What a method may know of a layer before it is given anything."""
+
+    layer: int
+    """Its number in the model."""
+    key_dim: int
+    """Numbers in a key of one head; 0: the model does not say."""
+    value_dim: int
+    config: PreTrainedConfig | None = None
+    """Of the model; None: of a block whose attention does not hold it."""

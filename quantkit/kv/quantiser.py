@@ -25,7 +25,7 @@ from torch import Tensor
 
 from quantkit.formats.packing import pack_rows, unpack_rows
 
-_SMALLEST, _LARGEST = 2.0**-24, 65504.0  # of float16 above 0
+SMALLEST, LARGEST = 2.0**-24, 65504.0  # of float16 above 0
 
 
 class TokenCodec(Protocol):
@@ -42,10 +42,14 @@ class TokenCodec(Protocol):
 
 
 class TokenStore:
-    """A ``Store`` for methods that keep each token by itself."""
+    """A ``Store`` for methods that keep each token by itself.
 
-    def __init__(self, codec: TokenCodec) -> None:
-        self._codec = codec
+    Args:
+        beside: tensors that the codec keeps alive.
+    """
+
+    def __init__(self, codec: TokenCodec, beside: Callable[[], Iterable[Tensor]] = tuple) -> None:
+        self._codec, self._beside = codec, beside
         self._parts: dict[str, Tensor] = {}
         self._head_dim = 0
 
@@ -78,7 +82,15 @@ class TokenStore:
         self._parts = {name: change(part) for name, part in self._parts.items()}
 
     def tensors(self) -> Iterable[Tensor]:
-        return self._parts.values()
+        yield from self._parts.values()
+        yield from self._beside()
+
+    def state(self) -> dict[str, Tensor]:
+        return self._parts | {"head_dim": torch.tensor(self._head_dim)}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        self._head_dim = int(state["head_dim"])
+        self._parts = {name: part for name, part in state.items() if name != "head_dim"}
 
 
 @dataclass(frozen=True)
@@ -110,15 +122,15 @@ class MinMax:
         return parts if self.symmetric else parts | {"zero_point": zero_point.to(torch.uint8)}
 
     def decode(self, parts: dict[str, Tensor], head_dim: int, dtype: torch.dtype) -> Tensor:
-        packed, wide = parts["codes"], _wide(dtype)
+        packed, computed = parts["codes"], wide(dtype)
         rows = unpack_rows(packed.reshape(-1, packed.shape[-1]), self.bits, head_dim)
-        zero_point = 2 ** (self.bits - 1) if self.symmetric else parts["zero_point"].to(wide)
-        values = (rows.view(*packed.shape[:-1], head_dim).to(wide) - zero_point) * parts["scale"].to(wide)
+        zero_point = 2 ** (self.bits - 1) if self.symmetric else parts["zero_point"].to(computed)
+        values = (rows.view(*packed.shape[:-1], head_dim).to(computed) - zero_point) * parts["scale"].to(computed)
         return values.to(dtype)
 
     def _grid(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes [..., head_dim], scale and zero point [..., 1], all in float32 or wider; codes are whole numbers."""
-        x = states.to(_wide(states.dtype))
+        x = states.to(wide(states.dtype))
         low = x.amin(dim=-1, keepdim=True).clamp(max=0) * self.low
         high = x.amax(dim=-1, keepdim=True).clamp(min=0) * self.high
         steps = 2**self.bits - 1
@@ -126,26 +138,27 @@ class MinMax:
             largest = torch.maximum(high, -low)
             scale = torch.where(largest == 0, 1.0, largest / (steps // 2))
             zero_point = torch.full_like(scale, (steps + 1) // 2)
-            scale = _straight(scale, _stored)
+            scale = straight(scale, _stored)
         else:
             empty = (low == 0) & (high == 0)
             low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
-            scale = _straight((high - low) / steps, _stored)
-            zero_point = _straight(-low / scale, torch.round).clamp(0, steps)
-        codes = (_straight(x / scale, torch.round) + zero_point).clamp(0, steps)
+            scale = straight((high - low) / steps, _stored)
+            zero_point = straight(-low / scale, torch.round).clamp(0, steps)
+        codes = (straight(x / scale, torch.round) + zero_point).clamp(0, steps)
         return codes, scale, zero_point
 
 
 def _stored(scale: Tensor) -> Tensor:
     """As float16 holds it."""
-    return scale.clamp(_SMALLEST, _LARGEST).half().to(scale.dtype)
+    return scale.clamp(SMALLEST, LARGEST).half().to(scale.dtype)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in: float32 at least."""
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def _straight(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+def straight(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """``function`` of ``x``, exactly, with the gradient of ``x`` itself."""
     result: Tensor = _Straight.apply(x, function) if x.requires_grad else function(x)
     return result

@@ -44,22 +44,23 @@ class KeysAndValues:
         """
         self.path = path
         self._hook, self._dim = hook, dim
-        self.matrix = make(dim) if hook.format.key_transform == "dense" else None
+        self.matrix = make(dim) if hook.learnable.key_transform == "dense" else None
         """P [1, dim, dim]"""
-        start = min(hook.format.clip, LARGEST_START)
+        start = min(hook.learnable.clip, LARGEST_START)
         self.shares = nn.Parameter(torch.full((2, 2), start).logit())
         """Logits [keys and values, lower and upper end]."""
 
     def start_shares(self, share: float) -> None:
         """Put the shares where they suit what is normally distributed, as rotated keys are, or a ``share`` of the way
         there."""
-        kept = self._hook.format.clip * (1 - share * (1 - _likely_share(self._hook.format, self._dim)))
+        kv = self._hook.learnable
+        kept = kv.clip * (1 - share * (1 - _likely_share(kv, self._dim)))
         with torch.no_grad():
             self.shares.copy_(torch.full((2, 2), kept).clamp(max=LARGEST_START).logit())
 
     def use(self) -> None:
         """Make the attention round by the parameters as they are, with gradients."""
-        kv, (keys, values) = self._hook.format, self.shares.sigmoid()
+        kv, (keys, values) = self._hook.learnable, self.shares.sigmoid()
         transform = None
         if self.matrix is not None:
             matrix, undo = self.matrix()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from quantkit.formats.kv import KVFormat, LearnedKV
+from quantkit.formats.kv import AnyKV, LearnedKV
 from quantkit.formats.layer import LayerInputs
 from quantkit.kernels.online import kronecker_split
 from quantkit.models.block import Block, Site
@@ -79,7 +79,7 @@ class Situation:
     seed: int
     observed: Observed | None
     """None for a method that wants neither statistics nor data."""
-    kv: KVFormat | None = None
+    kv: AnyKV | None = None
     """How the run keeps keys and values, and whether that is to be learned; None: in full precision."""
     note: Callable[[str], None] = field(default=lambda text: None)
     """Tell the user something about this model, once per run and text."""

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from quantkit.calibrate.text import load_text
 from quantkit.cli.main import app
+from quantkit.eval.fidelity import fidelity
 from quantkit.eval.perplexity import perplexity
 
 
@@ -71,6 +72,13 @@ def test_a_hopeless_model_is_null_not_invalid_json(speaking_model: Path, tmp_pat
         (["--ppl", "TEXT", "--seqlen", "500"], 2, "--seqlen 500 is more than the 128 positions"),
         (["--ppl", "TEXT", "--device", "gpu"], 2, "--device 'gpu' is no device; use auto, cpu, cuda or cuda:N"),
         (["--ppl", "TEXT", "--device", "cuda:97"], 2, "--device cuda:97 is not here"),
+        ([], 2, "nothing to measure"),
+        (["--baseline", "demo"], 2, "give --ppl TEXT (demo, wikitext2, a file), --tasks NAMES or both"),
+        (["--ppl", "TEXT", "--num_fewshot", "2"], 2, "--num-fewshot is about tasks, of which there are none"),
+        (["--ppl", "TEXT", "--log-samples"], 2, "--log-samples is about tasks"),
+        (["--ppl", "TEXT", "--batch-size", "auto:4"], 2, "--batch-size auto:4 is neither a number from 1 on nor auto"),
+        (["--ppl", "TEXT", "--batch_size", "0"], 2, "--batch-size 0 is neither"),
+        (["--ppl", "TEXT", "--baseline", "nowhere/at/all"], 1, "nowhere/at/all"),
     ],
 )
 def test_bad_requests(speaking_model: Path, text: Path, arguments: list[str], status: int, message: str) -> None:
@@ -81,6 +89,57 @@ def test_bad_requests(speaking_model: Path, text: Path, arguments: list[str], st
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+@pytest.fixture
+def coarse(speaking_model: Path, tmp_path: Path) -> Path:
+    """The model with its blocks' weights rounded to multiples of 1/8."""
+    model = AutoModelForCausalLM.from_pretrained(speaking_model)
+    with torch.no_grad():
+        for tensor in model.model.layers.parameters():
+            tensor.mul_(8).round_().div_(8)
+    model.save_pretrained(tmp_path / "coarse")
+    make_tokenizer().save_pretrained(tmp_path / "coarse")
+    return tmp_path / "coarse"
+
+
+def test_a_baseline_beside_it(speaking_model: Path, coarse: Path, text: Path) -> None:
+    options = ["--ppl", str(text), "--baseline", str(speaking_model), "--seqlen", "32", "--prompts", "2"]
+    done = CliRunner().invoke(app, ["eval", str(coarse), *options, "--json"])
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr == ""
+    result = json.loads(done.stdout)
+    model, baseline = (AutoModelForCausalLM.from_pretrained(folder) for folder in (coarse, speaking_model))
+    want = fidelity(
+        model, make_tokenizer(), baseline, make_tokenizer(), load_text(str(text)), seqlen=32, prompts=2
+    ).divergence
+    assert want is not None
+    got = result["fidelity"]["sample"]
+    assert result["baseline"] == str(speaking_model)
+    assert got["divergence"]["kl"] == pytest.approx(want.kl, rel=1e-6)
+    assert got["divergence"]["top1_agreement"] == want.top1_agreement < 1
+    assert got["divergence"]["perplexity_ratio"] == pytest.approx(want.perplexity_ratio._asdict(), rel=1e-6)
+    assert got["divergence"]["generation"]["prompts"] == 2
+    assert [one["text"] for one in got["divergence"]["worst"]] == [one.text for one in want.worst]
+    assert got["perplexity"] == result["perplexity"]["sample"]
+
+    shown = CliRunner().invoke(app, ["eval", str(coarse), *options])
+    heading, numbers, *lines = shown.stdout.splitlines()
+    assert heading.split()[:4] == ["text", "perplexity", "baseline", "ratio"]
+    assert numbers.split()[3] == f"{want.perplexity_ratio.value:.4f}"
+    assert f"{want.top1_agreement:.2%}" in numbers
+    assert f"sample: KL(baseline || model) {want.kl:.3g} nats per token" in shown.stdout
+    assert "of 2 throughout" in shown.stdout
+    assert sum(line.startswith("sample: window ") for line in lines) == 3
+
+
+def test_a_baseline_with_other_tokens(speaking_model: Path, text: Path) -> None:
+    done = CliRunner().invoke(
+        app, ["eval", str(speaking_model), "--ppl", str(text), "--baseline", "demo", "--max-tokens", "300"]
+    )
+    assert done.exit_code == 0, done.stderr
+    assert re.search(r"sample: [\d.]+ bits per byte, baseline [\d.]+\n", done.stdout)
+    assert "sample: no KL divergence, because the model's tokenizer has 320 tokens and the baseline's" in done.stdout
 
 
 def test_a_model_without_tokenizer(tiny: Callable[..., Path], text: Path) -> None:

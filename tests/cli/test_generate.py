@@ -87,3 +87,33 @@ def test_a_model_that_predicts_no_next_token(speechless_model: Path) -> None:
         done.stderr,
     )
     assert done.stdout == ""
+
+
+def test_a_cache_for_a_float_model(speaking_model: Path) -> None:
+    done = run(speaking_model, PROMPT, "--max-new-tokens", "12", "--kv", "rotation-4bit", "--json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["tokens"] == 12
+    assert found["kv_cache"]["format"] == {"method": "rotation", "bits": 4, "gain": "unbiased", "seed": 0}
+    assert found["kv_cache"]["bits_per_element"] < 6
+    said = run(speaking_model, PROMPT, "--max-new-tokens", "12", "--kv", "kv8").stderr
+    assert "bits per element; 8-bit codes, a step and a zero point per token and head" in said
+    plain = json.loads(run(speaking_model, PROMPT, "--max-new-tokens", "12", "--json").stdout)
+    assert json.loads(
+        run(speaking_model, PROMPT, "--max-new-tokens", "12", "--kv", "none", "--json").stdout
+    ).keys() == (plain.keys())
+
+
+@pytest.mark.parametrize("command", ["generate", "eval"])
+def test_unknown_caches(speaking_model: Path, command: str) -> None:
+    rest = [PROMPT] if command == "generate" else ["--ppl", "demo"]
+    done = CliRunner().invoke(app, [command, str(speaking_model), *rest, "--kv", "rotation-2bt"])
+    assert done.exit_code == 2
+    assert "unknown cache method 'rotation-2bt'. Did you mean 'rotation-2bit'?" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_model_without_a_cache(speechless_model: Path) -> None:
+    done = run(speechless_model, PROMPT, "--kv", "kivi-2bit")
+    assert done.exit_code == 1
+    assert "does not predict the next token, so it has no cache" in done.stderr

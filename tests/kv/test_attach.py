@@ -248,7 +248,7 @@ def test_training_reaches_keys_and_values_with_and_without_a_cache():
 
 
 def test_float_models_are_told_how_to_get_a_cache():
-    with pytest.raises(QuantkitError, match=r"LlamaForCausalLM keeps keys and values in full precision; quantise it"):
+    with pytest.raises(QuantkitError, match=r"LlamaForCausalLM keeps keys and values in full precision; name a method"):
         kv_cache(make_tiny(TINY["llama"]()))
 
 

@@ -164,8 +164,8 @@ def test_memory_report_counts_what_lives():
     first_kv, second_kv = LayerKV(MinMax(4), MinMax(2), RandomHadamard("0 0")), LayerKV(Plain(), MinMax(3))
     cache = KVCache(layers=[QuantisedLayer(first_kv), QuantisedLayer(second_kv, window=4), DynamicLayer()])
     assert (cache.memory_report().bytes, cache.memory_report().bits_per_element) == (0, 0)
-    for index in range(3):
-        for _ in range(2):
+    for _ in range(2):
+        for index in range(3):
             keys, values = drawn(2, HEADS, 5, KEY_DIM).bfloat16(), drawn(2, HEADS, 5, VALUE_DIM).bfloat16()
             cache.update(keys, values, index)
     report = cache.memory_report()

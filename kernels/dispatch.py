@@ -24,7 +24,7 @@ from torch import Tensor
 from quantkit.errors import QuantkitError
 from quantkit.kernels import reference
 from quantkit.kernels.cpu import int4, int8, int8_weights
-from quantkit.kernels.triton import weight_only
+from quantkit.kernels.triton import integer, weight_only
 
 if TYPE_CHECKING:
     from quantkit.layers.quant_linear import QuantLinear
@@ -65,6 +65,7 @@ class Implementation(NamedTuple):
 _INT4 = Layout("int4", int4.pack, int4.restore)
 _INT8_WEIGHTS = Layout("int8 weights", int8_weights.pack, int8_weights.restore)
 _INT8 = Layout("int8", int8.pack, int8.restore)
+_BYTES = Layout("bytes", integer.pack, integer.restore)
 _PLANES = Layout("planes", weight_only.pack, weight_only.restore)
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
@@ -75,6 +76,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     ),
     Implementation("cpu int8 weights unpacked", int8_weights.refuses, int8_weights.many_rows, _INT8_WEIGHTS),
     Implementation("cpu int8", int8.refuses, int8.linear, _INT8),
+    Implementation("triton integer", integer.refuses, integer.run, _BYTES),
     Implementation("triton weight-only", weight_only.refuses, weight_only.run, _PLANES),
     Implementation("reference", lambda layer, device: None, lambda x, layer, packed: reference.linear(x, layer)),
 )

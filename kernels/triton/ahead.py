@@ -45,6 +45,7 @@ def build(
     warps: int,
     stages: int,
     divisible: tuple[str, ...] = (),
+    fusion: bool = True,
 ) -> Built:
     """Compile ``kernel``.
 
@@ -53,6 +54,7 @@ def build(
         constants: every other argument's value; None for a tensor that is not there.
         target: one of ``TARGETS``.
         divisible: integers that are multiples of 16 in this variant; addresses always are.
+        fusion: products and sums may become one instruction, with one rounding.
 
     Raises:
         triton.CompilationError, RuntimeError: the kernel or what Triton made of it does not compile.
@@ -69,7 +71,7 @@ def build(
     )
     nvidia = target.startswith("sm_")
     where = gpu_target("cuda", int(target[3:]), 32) if nvidia else gpu_target("hip", target, 64)
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fusion}
     compiled = compat.module().compile(source, target=where, options=options)
     if nvidia:
         return _nvidia(compiled.asm["cubin"], compiled.metadata.shared)
@@ -95,7 +97,7 @@ def _nvidia(cubin: bytes, shared: int) -> Built:
     ]
     bodies = [Counter(name for address, name, _ in code if first <= address <= last) for first, last in jumps]
     whole = Counter(name for _, name, _ in code)
-    return Built(used["REG"], used["STACK"] + used["LOCAL"], shared, whole, _busiest(bodies, "H?G?I?MMA"))
+    return Built(used["REG"], used["STACK"] + used["LOCAL"], shared, whole, _busiest(bodies, "[A-Z]*MMA"))
 
 
 def _amd(listing: str, shared: int) -> Built:

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 
@@ -148,9 +148,14 @@ def choose(problem: Problem, device: Device, run: Callable[[Config], None] | Non
     Args:
         run: runs the product with a given tile, for measuring; None where nothing can be measured (graph capture).
     """
-    if run is not None and os.environ.get("QUANTKIT_AUTOTUNE") == "1":
-        return _tuned(problem, device, run)
+    if may_measure(run):
+        return tuned(problem, device, run, candidates, f"weight-only-{VERSION}")
     return heuristic(problem, device)
+
+
+def may_measure(run: Callable[[Config], None] | None) -> TypeGuard[Callable[[Config], None]]:
+    """Whether ``QUANTKIT_AUTOTUNE`` asks for it, and there is something to run."""
+    return run is not None and os.environ.get("QUANTKIT_AUTOTUNE") == "1"
 
 
 @lru_cache(maxsize=4096)
@@ -183,10 +188,15 @@ def _split(tile: Tile, problem: Problem, processors: int) -> int:
     """
     tiles = -(-problem.out_features // tile.block_n) * -(-problem.rows // tile.block_m)
     weight_bytes = problem.out_features * problem.blocks * 2 * PLANE
+    return split_of(tiles, problem.blocks, problem.rows * problem.out_features, weight_bytes, processors)
+
+
+def split_of(tiles: int, blocks: int, results: int, weight_bytes: int, processors: int) -> int:
+    """``_split`` of a product of ``tiles`` tiles, ``blocks`` blocks of columns, ``results`` numbers."""
     split = 1
-    while 4 * split <= problem.blocks and (
+    while 4 * split <= blocks and (
         4 * tiles * split < 3 * processors
-        or (tiles * split < 2 * processors and 8 * split * problem.rows * problem.out_features <= weight_bytes // 5)
+        or (tiles * split < 2 * processors and 8 * split * results <= weight_bytes // 5)
     ):
         split *= 2
     return split
@@ -202,19 +212,29 @@ def candidates(problem: Problem, device: Device) -> list[Config]:
     return list(dict.fromkeys(tried))
 
 
-_fastest: dict[tuple[Device, Problem], Config] = {}
+_fastest: dict[tuple[str, Device, tuple[Any, ...]], Config] = {}
+
+P = TypeVar("P", bound=tuple[Any, ...])
 
 
-def _tuned(problem: Problem, device: Device, run: Callable[[Config], None]) -> Config:
-    if (device, problem) not in _fastest:
-        path = _cache_file(device)
+def tuned(
+    problem: P, device: Device, run: Callable[[Config], None], tried: Callable[[P, Device], list[Config]], family: str
+) -> Config:
+    """The fastest of ``tried(problem, device)``, measured once.
+
+    Args:
+        problem: a named tuple of numbers and strings.
+        family: of kernels, with their version: each has its own file.
+    """
+    if (family, device, problem) not in _fastest:
+        path = _cache_file(device, family)
         known = _read(path)
         key = "/".join(map(str, problem))
         if key not in known:
-            known[key] = min((_milliseconds(run, config), config) for config in candidates(problem, device))[1]
+            known[key] = min((_milliseconds(run, config), config) for config in tried(problem, device))[1]
             _write(path, _read(path) | known)
-        _fastest[device, problem] = known[key]
-    return _fastest[device, problem]
+        _fastest[family, device, problem] = known[key]
+    return _fastest[family, device, problem]
 
 
 def _milliseconds(run: Callable[[Config], None], config: Config) -> float:
@@ -225,9 +245,9 @@ def _milliseconds(run: Callable[[Config], None], config: Config) -> float:
         return float("inf")
 
 
-def _cache_file(device: Device) -> Path:
+def _cache_file(device: Device, family: str) -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "quantkit" / f"weight-only-{VERSION}-{device.kind}-{device.processors}-{device.name}.json"
+    return root / "quantkit" / f"{family}-{device.kind}-{device.processors}-{device.name}.json"
 
 
 def _read(path: Path) -> dict[str, Config]:

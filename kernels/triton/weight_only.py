@@ -64,10 +64,11 @@ def refuses(layer: QuantLinear, device: torch.device) -> str | None:
         return f"for 2, 3, 4 and 8 bits, not {weights.bits}"
     if not layout.supports(layer.format):
         return f"groups of {weights.group_size} are no multiple of {layout.PLANE}"
-    return _incapable(device)
+    return incapable(device)
 
 
-def _incapable(device: torch.device) -> str | None:
+def incapable(device: torch.device) -> str | None:
+    """Why kernels of this package do not run on the GPU ``device``; None if they do."""
     if not torch.cuda.is_available():
         return "there is no GPU"
     kind = configs.device_of(device).kind
@@ -192,7 +193,7 @@ def _multiply(x: Tensor, weight: _Weight, bias: Tensor | None, arrived: Tensor, 
     tiles = -(-rows // config.block_m) * -(-out_features // config.block_n)
     split = config.split if tiles <= arrived.numel() else 1
     partial = x.new_empty(split, rows, out_features, dtype=torch.float32) if split > 1 else None
-    with _on(x):
+    with on_device(x):
         _kernels().matmul_kernel[(tiles, split)](
             x,
             *weight.pointers(),
@@ -221,7 +222,7 @@ def _dequantize(weight: _Weight, columns: int, dtype: torch.dtype) -> Tensor:
     """The weight [out_features, columns] in ``dtype``, that of the scales."""
     blocks, padded, _ = weight.words.shape
     dense = weight.words.new_empty(weight.out_features, columns, dtype=dtype)
-    with _on(dense):
+    with on_device(dense):
         _kernels().dequantize_kernel[(-(-weight.out_features // DENSE_ROWS), blocks)](
             *weight.pointers(),
             dense,
@@ -248,7 +249,7 @@ def _kernels() -> Any:
     return importlib.import_module("quantkit.kernels.triton.weight_only_kernels")
 
 
-def _on(tensor: Tensor) -> Any:
+def on_device(tensor: Tensor) -> Any:
     """Triton launches on the current device, whatever device its arguments are on; CPU: the interpreter."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 

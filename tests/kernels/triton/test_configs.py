@@ -85,7 +85,7 @@ def test_a_broken_file_is_as_good_as_none(tmp_path, monkeypatch):
     monkeypatch.setenv("QUANTKIT_AUTOTUNE", "1")
     monkeypatch.setattr(configs, "_fastest", {})
     monkeypatch.setattr(configs, "_milliseconds", lambda run, config: 1.0)
-    path = configs._cache_file(H200)
+    path = configs._cache_file(H200, f"weight-only-{configs.VERSION}")
     path.parent.mkdir()
     path.write_text("{")
     configs.choose(problem(3), H200, lambda config: None)

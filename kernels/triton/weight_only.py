@@ -99,7 +99,7 @@ def run(x: Tensor, layer: QuantLinear, packed: Packed) -> Tensor:
     """[..., in_features] -> [..., out_features] in the dtype of ``x``: what ``reference.linear`` computes."""
     weight = packed.weight
     y: Tensor = _op(
-        layer.changed_input(x),
+        layer.changed_input(x, kernels=x.is_cuda),
         weight.words,
         weight.high,
         weight.steps,

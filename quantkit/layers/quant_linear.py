@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from quantkit.formats.layer import LayerFormat, LayerInputs, inputs_from_tensors, tensor_specs
 from quantkit.kernels import dispatch, input_codes, reference
+from quantkit.kernels.triton import inputs as gpu_inputs
 from quantkit.recipe import ActivationScheme
 
 if TYPE_CHECKING:
@@ -63,11 +64,12 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return dispatch.linear(x, self)
 
-    def changed_input(self, x: Tensor) -> Tensor:
-        """What of ``x`` [..., in_features] meets the weight."""
+    def changed_input(self, x: Tensor, kernels: bool = False) -> Tensor:
+        """What of ``x`` [..., in_features] meets the weight; ``kernels``: from GPU kernels, without gradient."""
 
         def make() -> Tensor:
-            return reference.transform_input(x, self.inputs, self.format.activations)
+            change = gpu_inputs.values if kernels else reference.transform_input
+            return change(x, self.inputs, self.format.activations)
 
         return make() if self.shared_input is None else self.shared_input.of(x, make)
 
@@ -76,6 +78,8 @@ class QuantLinear(nn.Module):
 
         def make() -> input_codes.InputCodes:
             assert self.format.activations is not None
+            if x.is_cuda:
+                return gpu_inputs.codes(x, self.format.activations, self.inputs)
             changed = reference.transform_input(x, self.inputs, None)
             return input_codes.quantize(changed, self.format.activations, self.inputs)
 

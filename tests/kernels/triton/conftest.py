@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from types import ModuleType
 
 import pytest
 
-from quantkit.kernels.triton import compat, weight_only, weight_only_kernels
+from quantkit.kernels.triton import (
+    activation,
+    activation_kernels,
+    compat,
+    transforms,
+    transforms_kernels,
+    weight_only,
+    weight_only_kernels,
+)
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +39,35 @@ def interpreter(interpreted_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
     """Launches on CPU tensors run in the interpreter."""
     monkeypatch.setattr(weight_only, "_kernels", lambda: interpreted_kernels)
     return interpreted_kernels
+
+
+@pytest.fixture(scope="session")
+def interpreted_input_kernels() -> dict[ModuleType, ModuleType]:
+    """Launcher -> its kernels for the interpreter; those of ``activation`` are parts of the others."""
+    if not compat.AVAILABLE:
+        pytest.skip("needs triton")
+    loaded = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        for launcher, kernels in ((activation, activation_kernels), (transforms, transforms_kernels)):
+            spec = importlib.util.spec_from_file_location(f"interpreted_{kernels.__name__}", kernels.__file__)
+            assert spec is not None
+            assert spec.loader is not None
+            loaded[launcher] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(loaded[launcher])
+            patch.setitem(sys.modules, kernels.__name__, loaded[launcher])  # what is imported next takes its functions
+    return loaded
+
+
+@pytest.fixture
+def interpreted_inputs(
+    interpreted_input_kernels: dict[ModuleType, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> dict[ModuleType, ModuleType]:
+    """Launches of what changes and rounds inputs run in the interpreter, on CPU tensors."""
+    for launcher, kernels in interpreted_input_kernels.items():
+        monkeypatch.setattr(launcher, "_kernels", lambda kernels=kernels: kernels)
+    language, interpreter = compat.module("language"), compat.module("runtime.interpreter")
+    # Functions of Triton's own, which were decorated before anyone asked for the interpreter.
+    for name in ("max", "sum"):
+        monkeypatch.setattr(language, name, interpreter.InterpretedFunction(getattr(language, name).fn))
+    return interpreted_input_kernels

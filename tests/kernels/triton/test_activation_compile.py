@@ -1,0 +1,126 @@
+"""What changes and rounds activations, compiled for GPUs that are not there: nothing spills, all fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quantkit.formats.layer import LayerInputs
+from quantkit.kernels.triton import (
+    activation,
+    activation_kernels,
+    activation_report,
+    ahead,
+    compat,
+    configs,
+    transforms,
+    transforms_kernels,
+)
+from quantkit.kernels.triton.activation_report import Variant
+from quantkit.recipe import ActivationScheme
+
+pytestmark = pytest.mark.skipif(not compat.AVAILABLE, reason="needs triton")
+
+BUDGET = 18
+"""Instructions of a thread for each number of a row that is rounded: a tenth above what was counted. An H200 has time
+for 20 while it moves the 3 bytes."""
+PRODUCTS = {"sm_80": r"HMMA\.16816\.F32", "sm_90": r"HGMMA\.64x\d+x16\.F32", "gfx942": r"v_mfma_f32_(16x16x16|32x32x8)"}
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier run compiled is not looked at."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def check(variant: Variant, target: str) -> ahead.Built:
+    built = activation_report.build(variant, target)
+    assert built.spilled == 0, variant.name
+    assert built.shared <= configs.SHARED_LIMIT[target], variant.name
+    return built
+
+
+@pytest.mark.parametrize("target", ahead.TARGETS)
+def test_rounding_compiles(target):
+    built = check(activation_report.rounding(4096, "bf16"), target)
+    # 16 bytes a load: 8 numbers.
+    assert built.count(r"LDG\.E\S*\.128|(global|buffer)_load_dwordx4") > 0
+    assert built.instructions.total() * 4 * (64 if target == "gfx942" else 32) < BUDGET * 4096 * (
+        2 if target == "gfx942" else 1
+    )
+
+
+@pytest.mark.parametrize("target", ahead.TARGETS)
+def test_kronecker_product_compiles(target):
+    built = check(activation_report.product(target, 4096, "bf16"), target)
+    assert built.count(PRODUCTS[target]) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ahead.TARGETS)
+def test_every_third_variant_compiles(target):
+    """Others on the next target; ``activation_report`` builds all."""
+    for variant in list(activation_report.variants(target))[ahead.TARGETS.index(target) :: 3]:
+        check(variant, target)
+
+
+class _H200:
+    """As much of a driver as a launch asks before it has something to run."""
+
+    def get_current_target(self) -> Any:
+        return compat.module("backends.compiler").GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class _Compiled:
+    """``kernel[grid](...)`` that compiles for what it is given, and stops there."""
+
+    def __init__(self, kernel: Any, launches: list[tuple[str, tuple[int, ...]]]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **options: Any) -> None:
+            on_gpu = {"INTERPRETED": False} | ({"RECIPROCAL": True} if "RECIPROCAL" in options else {})
+            self.kernel.warmup(*arguments, grid=grid, **options | on_gpu)
+            self.launches.append((self.kernel.__name__, grid))
+
+        return launch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sides", "scheme", "launched"),
+    [
+        (None, ActivationScheme(bits=8, symmetric=False), [("quantize_kernel", (3,))]),
+        (None, ActivationScheme(granularity="tensor"), [("extent_kernel", (3,)), ("quantize_kernel", (3,))]),
+        ((28, 32), ActivationScheme(bits=4), [("token_kernel", (3,))]),
+        ((1, 33), ActivationScheme(bits=4), [("token_kernel", (3,))]),  # a size of 1 becomes a constant
+        ((140, 32), ActivationScheme(bits=4), [("columns_kernel", (3, 1)), ("quantize_kernel", (3,))]),
+    ],
+)
+def test_what_is_launched_compiles(monkeypatch, sides, scheme, launched):
+    """The launch as it is made on a GPU: its arguments fit the kernels, in whatever way Triton specialises them."""
+    launches: list[tuple[str, tuple[int, ...]]] = []
+    monkeypatch.setattr(compat.module("runtime.driver").driver, "_active", _H200(), raising=False)
+    for module, names in ((activation_kernels, ("extent_kernel", "quantize_kernel")),
+                          (transforms_kernels, ("token_kernel", "columns_kernel"))):  # fmt: skip
+        for name in names:
+            monkeypatch.setattr(module, name, _Compiled(getattr(module, name), launches))
+    columns = 40 if sides is None else sides[0] * sides[1]
+    scale = torch.ones(columns, dtype=torch.bfloat16)
+    x = torch.randn(3, columns, dtype=torch.bfloat16)
+    if sides is None:
+        activation.quantize(x, scheme, LayerInputs(scale=scale))
+    else:
+        left, right = (torch.eye(side, dtype=torch.bfloat16) for side in sides)
+        transforms.quantize(x, scheme, LayerInputs(scale=scale, left=left, right=right))
+    assert launches == launched

@@ -22,25 +22,19 @@ is not run again. Perplexities come with the loss of every window, so that any t
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from quantkit.errors import QuantkitError, RecipeError
-from quantkit.formats.writer import write_atomic
-
-AS_IT_CAME = "as it came"
-"""Method of the cell that measures a model unquantised."""
+from quantkit.errors import RecipeError
+from quantkit.eval.cells import AS_IT_CAME, Bench, Cell, Line, Measurement, missing_cells, run_cells
 
 
 class _Strict(BaseModel):
@@ -91,14 +85,6 @@ class Sweep(_Strict):
         return list(found)
 
 
-class Cell(NamedTuple):
-    """One measurement."""
-
-    model: str
-    method: str
-    scheme: str
-
-
 def main(
     plan: Annotated[Path, typer.Argument(help="YAML file; see the top of eval/sweep.py")],
     output: Annotated[Path, typer.Option(help="JSON lines, one per cell; what is there is not run again")],
@@ -107,24 +93,18 @@ def main(
 ) -> None:
     """Run what is missing in OUTPUT."""
     sweep = load_sweep(plan)
-    done = read_cells(output)
-    missing = [cell for cell in sweep.cells() if cell not in done]
     output.parent.mkdir(parents=True, exist_ok=True)
-    _write(output, done.values())  # without a line that a kill cut short
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch, open(output, "a", encoding="utf-8") as file:
-        work = _Work(sweep, root.resolve(), Path(scratch))
-        for name in dict.fromkeys(cell.model for cell in missing):
-            work.make_copy(name)
-        for number, line in enumerate(_lines(work, missing, jobs), start=1):
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            seconds = time.perf_counter() - started
-            left = seconds / number * (len(missing) - number)
-            print(f"{number}/{len(missing)}, about {left / 60:.0f} min left: {_describe(line)}", file=sys.stderr)
-    done = read_cells(output)
-    in_order = dict.fromkeys([*sweep.cells(), *done])
-    _write(output, [done[cell] for cell in in_order])
+
+    def say(number: int, total: int, line: Line) -> None:
+        left = (time.perf_counter() - started) / number * (total - number)
+        print(f"{number}/{total}, about {left / 60:.0f} min left: {_describe(line)}", file=sys.stderr)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = _Folders(sweep, root.resolve(), Path(scratch))
+        for name in dict.fromkeys(cell.model for cell in missing_cells(output, sweep.cells())):
+            folders.make_copy(name)
+        run_cells(output, sweep.cells(), folders.bench(), jobs=jobs, on_line=say)
 
 
 def load_sweep(path: Path) -> Sweep:
@@ -147,24 +127,8 @@ def load_sweep(path: Path) -> Sweep:
     return sweep
 
 
-def read_cells(path: Path) -> dict[Cell, dict[str, Any]]:
-    """The finished cells of an output; a last line that a kill cut short is left out."""
-    cells = {}
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        cells[Cell(line["model"], line["method"], line["scheme"])] = line
-    return cells
-
-
-def _write(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-
-
-class _Work:
-    """What a worker needs to know; small enough to be sent to one."""
+class _Folders:
+    """Where things are: paths of a plan are relative to a root, edited copies are in a scratch folder."""
 
     def __init__(self, sweep: Sweep, root: Path, scratch: Path) -> None:
         self.sweep = sweep
@@ -177,83 +141,35 @@ class _Work:
         if model.edits:
             from quantkit.eval.injectors import EDITS, inject
 
-            inject(self._path(model.path), self.folder(name), [EDITS[edit] for edit in model.edits])
+            inject(self.root / model.path, self._folder(name), [EDITS[edit] for edit in model.edits])
 
-    def folder(self, name: str) -> Path:
-        """Where a model is."""
-        model = self.sweep.models[name]
-        return self.scratch / name.replace(" ", "-") if model.edits else self._path(model.path)
-
-    def run(self, cell: Cell) -> dict[str, Any]:
-        """Quantise, save, reload, measure: a line of the output."""
-        import torch
-
-        from quantkit.cli.console import quiet_libraries
-
-        quiet_libraries()
-        torch.set_num_threads(1)
-        line: dict[str, Any] = cell._asdict()
-        try:
-            with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
-                out = Path(folder) / "out"
-                if cell.method == AS_IT_CAME:
-                    out = self.folder(cell.model)
-                else:
-                    line |= self._quantise(cell, out)
-                line["texts"] = self._measure(out)
-        except QuantkitError as error:
-            line["error"] = str(error)
-        return line
-
-    def _quantise(self, cell: Cell, out: Path) -> dict[str, Any]:
-        from quantkit.pipeline import quantize
-
-        calibration = dict(self.sweep.calibration)
-        if "source" in calibration and (self.root / calibration["source"]).exists():
-            calibration["source"] = str(self.root / calibration["source"])
-        variant = self.sweep.variants.get(cell.method)
-        steps = variant and [{"method": name, "options": options} for name, options in variant.items()]
-        result = quantize(
-            str(self.folder(cell.model)),
-            output=out,
-            recipe={"steps": steps} if steps else None,
-            method=None if steps else cell.method,
-            scheme=cell.scheme,
-            calibration=calibration,
+    def bench(self) -> Bench:
+        """The sweep, as its cells are run."""
+        sweep = self.sweep
+        calibration = dict(sweep.calibration)
+        if "source" in calibration:
+            calibration["source"] = self._text(calibration["source"])
+        return Bench(
+            models={name: str(self._folder(name)) for name in sweep.models},
+            measurement=Measurement(
+                texts={name: self._text(text) for name, text in sweep.texts.items()},
+                seqlen=sweep.seqlen,
+                max_tokens=sweep.max_tokens,
+            ),
+            scratch=self.scratch,
+            flags={"calibration": calibration},
+            variants=sweep.variants,
+            threads=1,
         )
-        return {
-            "bits_per_weight": round(result.bits_per_weight, 4),
-            "format": result.format,
-            "warnings": list(result.warnings),
-        }
 
-    def _measure(self, folder: Path) -> dict[str, Any]:
-        from quantkit.calibrate.text import load_text
-        from quantkit.eval.perplexity import window_losses
-        from quantkit.loading import load
+    def _folder(self, name: str) -> Path:
+        model = self.sweep.models[name]
+        return self.scratch / name.replace(" ", "-") if model.edits else self.root / model.path
 
-        model, tokenizer = load(folder, dtype="float32")
-        texts = {}
-        for name, path in self.sweep.texts.items():
-            text = load_text(str(self._path(path)) if self._path(path).exists() else path)
-            losses = window_losses(
-                model, tokenizer, text, seqlen=self.sweep.seqlen, max_tokens=self.sweep.max_tokens, batch_size=8
-            )
-            nll = [round(value, 5) for value in losses.nll.tolist()]
-            texts[name] = {"perplexity": losses.perplexity().value, "nll": nll, "seqlen": losses.seqlen}
-        return texts
-
-    def _path(self, path: str) -> Path:
-        return self.root / path
-
-
-def _lines(work: _Work, cells: list[Cell], jobs: int) -> Iterator[dict[str, Any]]:
-    if jobs == 1:
-        yield from map(work.run, cells)
-        return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(work.run, cell) for cell in cells]):
-            yield done.result()
+    def _text(self, name: str) -> str:
+        """The file of that name, else the name of a data set."""
+        path = self.root / name
+        return str(path) if path.exists() else name
 
 
 def _describe(line: Mapping[str, Any]) -> str:

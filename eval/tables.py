@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from quantkit.errors import RecipeError
-from quantkit.eval.sweep import AS_IT_CAME, Cell, read_cells
+from quantkit.eval.cells import AS_IT_CAME, Cell, read_cells
 
 Cells = Mapping[Cell, Mapping[str, Any]]
 

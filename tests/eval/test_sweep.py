@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from quantkit.errors import RecipeError
 from quantkit.eval import sweep, tables
+from quantkit.eval.cells import AS_IT_CAME, Bench, Cell, read_cells
 
 PLAN = {
     "models": {"tiny": "tiny", "tiny spread": {"path": "tiny", "edits": ["spread"]}},
@@ -37,15 +38,15 @@ def run(root: Path) -> None:
 
 def test_every_cell_once_and_failures_with_their_reason(root, monkeypatch):
     run(root)
-    cells = sweep.read_cells(root / "out.jsonl")
-    assert [tuple(cell) for cell in cells] == [
-        ("tiny", sweep.AS_IT_CAME, ""), ("tiny", "rtn", "W3A16G32"), ("tiny", "nosuch", "W3A16G32"),
-        ("tiny spread", sweep.AS_IT_CAME, ""), ("tiny spread", "rtn", "W3A16G32"),
+    cells = read_cells(root / "out.jsonl")
+    assert [cell[:3] for cell in cells] == [
+        ("tiny", AS_IT_CAME, ""), ("tiny", "rtn", "W3A16G32"), ("tiny", "nosuch", "W3A16G32"),
+        ("tiny spread", AS_IT_CAME, ""), ("tiny spread", "rtn", "W3A16G32"),
         ("tiny spread", "nosuch", "W3A16G32"),
     ]  # fmt: skip
-    failed = cells[sweep.Cell("tiny", "nosuch", "W3A16G32")]
+    failed = cells[Cell("tiny", "nosuch", "W3A16G32")]
     assert "unknown method 'nosuch'" in failed["error"]
-    measured = {model: cells[sweep.Cell(model, sweep.AS_IT_CAME, "")]["texts"]["words"] for model in PLAN["models"]}
+    measured = {model: cells[Cell(model, AS_IT_CAME, "")]["texts"]["words"] for model in PLAN["models"]}
     assert measured["tiny spread"]["perplexity"] == pytest.approx(measured["tiny"]["perplexity"], rel=1e-4)
     nll = torch.tensor(measured["tiny"]["nll"], dtype=torch.float64)
     assert float(nll.mean().exp()) == pytest.approx(measured["tiny"]["perplexity"], rel=1e-4)
@@ -54,10 +55,14 @@ def test_every_cell_once_and_failures_with_their_reason(root, monkeypatch):
     text = (root / "out.jsonl").read_text()
     (root / "out.jsonl").write_text(text[: text.rindex("nosuch")])
     ran = []
-    monkeypatch.setattr(sweep._Work, "run", lambda self, cell: ran.append(cell) or cell._asdict() | {"error": "again"})
+    monkeypatch.setattr(
+        Bench,
+        "run",
+        lambda self, job: (ran.extend(job.cells), [one.line() | {"error": "again"} for one in job.cells])[1],
+    )
     run(root)
-    assert ran == [sweep.Cell("tiny spread", "nosuch", "W3A16G32")]
-    assert len(sweep.read_cells(root / "out.jsonl")) == 6
+    assert ran == [Cell("tiny spread", "nosuch", "W3A16G32")]
+    assert len(read_cells(root / "out.jsonl")) == 6
 
 
 def test_tables_show_the_change_and_what_failed(root):
@@ -65,9 +70,9 @@ def test_tables_show_the_change_and_what_failed(root):
     app = typer.Typer()
     app.command()(tables.main)
     shown = CliRunner().invoke(app, [str(root / "out.jsonl"), "--text", "words"]).stdout
-    cells = sweep.read_cells(root / "out.jsonl")
-    before = cells[sweep.Cell("tiny", sweep.AS_IT_CAME, "")]["texts"]["words"]["perplexity"]
-    after = cells[sweep.Cell("tiny", "rtn", "W3A16G32")]["texts"]["words"]["perplexity"]
+    cells = read_cells(root / "out.jsonl")
+    before = cells[Cell("tiny", AS_IT_CAME, "")]["texts"]["words"]["perplexity"]
+    after = cells[Cell("tiny", "rtn", "W3A16G32")]["texts"]["words"]["perplexity"]
     assert "| rtn" in shown
     assert f"{after:.2f} ({after / before - 1:+.1%})" in shown
     assert "| nosuch" in shown
@@ -78,8 +83,8 @@ def test_tables_show_the_change_and_what_failed(root):
 
 def test_a_method_against_itself_is_no_change(root):
     run(root)
-    cells = sweep.read_cells(root / "out.jsonl")
-    twin = {sweep.Cell(c.model, "twin" if c.method == "rtn" else c.method, c.scheme): line for c, line in cells.items()}
+    cells = read_cells(root / "out.jsonl")
+    twin = {Cell(c.model, "twin" if c.method == "rtn" else c.method, c.scheme): line for c, line in cells.items()}
     table = tables.model_table(cells | twin, "tiny", "words", against="rtn")
     assert "+0.0% [+0.0%, +0.0%]" in table
 
@@ -100,7 +105,7 @@ def test_a_variant_is_a_method_with_options(root):
     plan["tables"] = [{"models": ["tiny"], "methods": methods, "schemes": ["W2A16G32"]}]
     (root / "plan.yaml").write_text(yaml.safe_dump(plan))
     run(root)
-    cells = sweep.read_cells(root / "out.jsonl")
-    plain, searched = (cells[sweep.Cell("tiny", name, "W2A16G32")]["texts"]["words"] for name in methods)
-    assert "error" not in cells[sweep.Cell("tiny", "searched range", "W2A16G32")]
+    cells = read_cells(root / "out.jsonl")
+    plain, searched = (cells[Cell("tiny", name, "W2A16G32")]["texts"]["words"] for name in methods)
+    assert "error" not in cells[Cell("tiny", "searched range", "W2A16G32")]
     assert plain["nll"] != searched["nll"]

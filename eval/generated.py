@@ -1,0 +1,141 @@
+"""The tables of the README files that are made of ``eval/results``: ``make tables``, and a check that they still are.
+
+    python -m quantkit.eval.generated --check
+
+A table stands between two lines; what is between them is replaced:
+
+    <!-- table: weights -->
+    <!-- /table -->
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantkit.errors import QuantkitError
+from quantkit.eval.cells import Cell, read_cells
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = ("README.md", "eval/results/README.md")
+TEXT = "novels"
+
+WEIGHT_METHODS = ("rtn", "hqq", "sinq", "asinq", "awq", "gptq", "awq+gptq")
+WEIGHT_SCHEMES = ("W4A16G64", "W3A16G64", "W2A16G64")
+ACTIVATION_METHODS = ("rtn", "smoothquant", "os-plus")
+ACTIVATION_SCHEMES = ("W8A8", "W6A6", "W4A4")
+TENSOR_SCHEMES = ("W8A8T", "W6A6T", "W4A8T", "W4A4T")
+
+_BLOCK = re.compile(r"(<!-- table: (?P<name>[^>]+?) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def main(
+    check: Annotated[bool, typer.Option("--check", help="change nothing, fail if something would change")] = False,
+) -> None:
+    """Write the tables of the README files anew."""
+    stale = []
+    for name in FILES:
+        file = ROOT / name
+        before = file.read_text(encoding="utf-8")
+        after = with_tables(before, name)
+        if after != before:
+            stale.append(name)
+            if not check:
+                file.write_text(after, encoding="utf-8")
+    if check and stale:
+        print(f"tables of {', '.join(stale)} are not what eval/results says: run `make tables`.")
+        raise typer.Exit(1)
+
+
+def with_tables(text: str, where: str) -> str:
+    """``text`` with every table as the results say.
+
+    Args:
+        where: it is from.
+
+    Raises:
+        QuantkitError: a table that there is not, a beginning without an end, or a cell that was not measured.
+    """
+    blocks = list(_BLOCK.finditer(text))
+    if len(blocks) != text.count("<!-- table: ") or len(blocks) != text.count("<!-- /table -->"):
+        raise QuantkitError(f"{where}: each '<!-- table: NAME -->' needs its '<!-- /table -->' behind it.")
+    for block in blocks:
+        if block["name"] not in TABLES:
+            raise QuantkitError(f"{where}: there is no table '{block['name']}'; known: {', '.join(TABLES)}.")
+    return _BLOCK.sub(lambda block: f"{block[1]}{TABLES[block['name']]()}\n{block[3]}", text)
+
+
+def best_of(
+    heading: str, file: str, methods: Sequence[str], columns: Sequence[tuple[str, str, str]], text: str = TEXT
+) -> str:
+    """Perplexities to four digits or more, methods down; the lowest of a column in bold, unless all are the same.
+
+    Args:
+        file: of ``eval/results``.
+        columns: (heading, model, scheme).
+
+    Raises:
+        QuantkitError: a cell is not in the file, or failed.
+    """
+    cells = read_cells(ROOT / "eval" / "results" / file)
+
+    def value(method: str, model: str, scheme: str) -> float:
+        found = cells.get(Cell(model, method, scheme), {}).get("texts", {}).get(text)
+        if found is None:
+            raise QuantkitError(f"eval/results/{file} has no {method} {scheme} of {model} on {text}.")
+        return float(found["perplexity"])
+
+    down = [_column([value(method, model, scheme) for method in methods]) for _, model, scheme in columns]
+    lines = [[heading, *(name for name, _, _ in columns)]]
+    lines += [[f"`{method}`", *row] for method, row in zip(methods, zip(*down, strict=True), strict=True)]
+    rows = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])
+
+
+def _column(values: Sequence[float]) -> list[str]:
+    shown = [f"{value:#.4g}".removesuffix(".") if value < 1000 else f"{value:.0f}" for value in values]
+    best = {text for text, value in zip(shown, values, strict=True) if value == min(values)}
+    return [f"**{text}**" if text in best and len(set(shown)) > 1 else text for text in shown]
+
+
+def _side_by_side(model: str, harder: str, schemes: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Columns of a model and of its copy that is harder to quantise; headings leave the groups of 64 away.
+
+    Args:
+        harder: what is behind the model's name in that of the copy.
+    """
+    return [
+        (f"{before}{scheme.removesuffix('A16G64')}", name, scheme)
+        for before, name in (("", model), (f"{harder}, ", f"{model} {harder}"))
+        for scheme in schemes
+    ]
+
+
+def _weights(model: str, text: str = TEXT) -> str:
+    columns = _side_by_side(model, "spread", WEIGHT_SCHEMES)
+    return best_of("weights in groups of 64", "weights.jsonl", WEIGHT_METHODS, columns, text)
+
+
+def _activations(model: str, heading: str = "activations, too", schemes: Sequence[str] = ACTIVATION_SCHEMES) -> str:
+    columns = _side_by_side(model, "outliers", schemes)
+    return best_of(heading, "activations.jsonl", ACTIVATION_METHODS, columns)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "weights": lambda: _weights("bench-llama"),
+    "weights bench-llama wikitext2": lambda: _weights("bench-llama", "wikitext2"),
+    "weights bench-opt": lambda: _weights("bench-opt"),
+    "weights bench-opt wikitext2": lambda: _weights("bench-opt", "wikitext2"),
+    "activations": lambda: _activations("bench-llama"),
+    "activations bench-opt": lambda: _activations("bench-opt"),
+    "activations per tensor": lambda: _activations("bench-llama", "activations, per tensor", TENSOR_SCHEMES),
+    "activations per tensor bench-opt": lambda: _activations("bench-opt", "activations, per tensor", TENSOR_SCHEMES),
+}
+"""Name between the marks -> what belongs there; perplexities are on novels unless it says otherwise."""
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -19,6 +19,8 @@ for path in sorted((folder / "quantkit").rglob("*.py")):
     if folder not in Path(str(module.__file__)).parents:
         missing.append(f"{name} was imported from {module.__file__}")
 parts = ["kernels/reference.py", "cli/main.py", "eval/perplexity.py", "demo/heldout.txt", "demo/calibration.txt"]
+parts += ["kv/nsn_codebooks_v1.safetensors", "eval/report/template.html.jinja"]
+parts += [f"eval/report/{name}" for name in ("style.css", "sort.js")]
 parts += [f"demo/model/{name}" for name in ("model.safetensors", "config.json", "tokenizer.json")]
 for part in parts:
     if not (folder / "quantkit" / part).is_file():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantkit.cli.console import print_json, size, table
+from quantkit.cli.report import LayersOption, TokensOption
 
 if TYPE_CHECKING:
     from quantkit.formats.inspect import LayerReport
@@ -23,6 +24,8 @@ quantkit inspect out --sort error --json
 quantkit inspect out --blocks
 
 quantkit inspect out --kernels
+
+quantkit inspect demo --activations --report flatness.html
 """
 
 ROWS = (1, 16, 256)
@@ -30,7 +33,10 @@ ROWS = (1, 16, 256)
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="folder written by `quantkit quantize`")],
+    folder: Annotated[
+        str,
+        typer.Argument(help="folder written by `quantkit quantize`; with --activations any model, hub id, or 'demo'"),
+    ],
     sort: Annotated[str, typer.Option(help="model (order in the model), error (worst first) or size")] = "model",
     blocks: Annotated[
         bool, typer.Option("--blocks", help="per block of the run instead: time, memory, losses")
@@ -38,24 +44,42 @@ def inspect(
     kernels: Annotated[
         bool, typer.Option("--kernels", help="instead: which implementation runs each layer on this machine, and why")
     ] = False,
-    device: Annotated[str, typer.Option(help="with --kernels: auto, cpu, cuda ...; auto: a GPU, else cpu")] = "auto",
+    activations: Annotated[
+        bool, typer.Option("--activations", help="instead: what enters linears on a text, how far from flat it is")
+    ] = False,
+    page: Annotated[
+        Path | None, typer.Option("--report", help="with --activations: HTML file for pictures of it")
+    ] = None,
+    text: Annotated[str, typer.Option(help="with --activations: demo, wikitext2, a file ...")] = "demo",
+    layers: LayersOption = None,
+    tokens: TokensOption = 512,
+    device: Annotated[
+        str, typer.Option(help="with --kernels, --activations: auto, cpu, cuda ...; auto: a GPU, else cpu")
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="print as JSON")] = False,
 ) -> None:
     """Per-layer table of a quantised checkpoint: scheme, bits per weight as stored, size, weight error."""
+    if activations:
+        from quantkit.cli.report import activations as show_activations
+
+        show_activations(folder, page, layers or (), text, tokens, device)
+        return
+    if page is not None or layers:
+        raise typer.BadParameter("goes with --activations", param_hint="--report" if page is not None else "--layers")
     from quantkit.formats.inspect import inspect_checkpoint
     from quantkit.formats.summary import block_events, block_rows, summarise
 
     if sort not in ("model", "error", "size"):
         raise typer.BadParameter(f"'{sort}' is not one of model, error, size", param_hint="--sort")
-    report = inspect_checkpoint(folder)
+    report = inspect_checkpoint(Path(folder))
     events = block_events(report.record)
-    layers = list(report.layers)
+    linears = list(report.layers)
     if sort == "error":
-        layers.sort(key=lambda layer: -(layer.error or 0))
+        linears.sort(key=lambda layer: -(layer.error or 0))
     elif sort == "size":
-        layers.sort(key=lambda layer: -layer.stored_bytes)
+        linears.sort(key=lambda layer: -layer.stored_bytes)
     if kernels:
-        _print_kernels(layers, device, as_json)
+        _print_kernels(linears, device, as_json)
         return
     if as_json:
         rows = [
@@ -68,7 +92,7 @@ def inspect(
                 "online_operations": layer.online_operations,
                 "error": layer.error,
             }
-            for layer in layers
+            for layer in linears
         ]
         summary = {
             "quant_method": report.method,
@@ -95,12 +119,12 @@ def inspect(
                 size(layer.stored_bytes),
                 "-" if layer.error is None else f"{layer.error:.2%}",
             ]
-            for layer in layers
+            for layer in linears
         ],
         right=("bits/weight", "size", "weight error"),
     )
     print(
-        f"{len(layers)} quantised linears ({report.method}) at {report.bits_per_weight:.3f} bits per weight; "
+        f"{len(linears)} quantised linears ({report.method}) at {report.bits_per_weight:.3f} bits per weight; "
         f"checkpoint {size(report.total_bytes)}"
     )
     if report.online_share:

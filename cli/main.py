@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 import quantkit
-from quantkit.cli import bench, eval, generate, inspect, methods, quantize
+from quantkit.cli import bench, compare, eval, generate, inspect, methods, quantize, report
 from quantkit.cli.console import say
 from quantkit.errors import QuantkitError
 
@@ -41,7 +41,10 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     epilog="Example: quantkit quantize demo --method sinq --scheme W4A16G64 -o out",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),  # --num_fewshot as in lm-eval
+    },
 )
 
 
@@ -62,8 +65,10 @@ def _quantkit(
 
 app.command("quantize", epilog=quantize.EXAMPLES)(quantize.quantize)
 app.command("eval", epilog=eval.EXAMPLES)(eval.evaluate)
+app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
+app.command("report", epilog=report.EXAMPLES)(report.report)
 app.command("methods", epilog=methods.EXAMPLES)(methods.methods)
 app.add_typer(bench.app, name="bench")
 

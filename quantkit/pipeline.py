@@ -139,7 +139,8 @@ def quantize(
     torch.manual_seed(expanded.seed)
     fingerprint = {"recipe": expanded.model_dump(mode="json"), "source": source_fingerprint(plan.source)}
     shards = skeleton.num_blocks + (2 if skeleton.extra_tensors() else 1)
-    about = {"model": str(model), "versions": _versions()} | {k: v for k, v in plan.describe().items() if k != "layers"}
+    about = {"model": str(model), "versions": _versions(), "blocks": skeleton.num_blocks}
+    about |= {name: value for name, value in plan.describe().items() if name != "layers"}
     writer = CheckpointWriter(output, plan.source, fingerprint, shards, about, overwrite=overwrite, resume=resume)
     try:
         run = _Run(plan, skeleton, checkpoint, writer, on_progress or (lambda stage, done, total: None))

@@ -25,6 +25,8 @@ from quantkit.errors import QuantkitError, RecipeError
 
 RUN_RECORD = "quantkit-run.jsonl"
 RECIPE_FILE = "quantkit-recipe.yaml"
+RECORD_VERSION = 1
+"""Of the run record's lines; grows when a reader of the old ones would misunderstand the new."""
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE_BYTES = 64 * 2**20
 """Outputs up to this size become one file; merging larger ones would hold them in memory."""
@@ -76,7 +78,7 @@ class CheckpointWriter:
             shutil.rmtree(self.folder)
         with _disk(self.folder):
             self.folder.mkdir(parents=True)
-        self.record({"event": "start", "fingerprint": digest, **about})
+        self.record({"event": "start", "record_version": RECORD_VERSION, "fingerprint": digest, **about})
 
     def _restore(self, digest: str) -> bool:
         path = self.folder / RUN_RECORD

@@ -13,7 +13,7 @@ import quantkit
 from quantkit.cli.main import Commands, app
 from quantkit.errors import QuantkitError, RecipeError
 
-COMMANDS = ["quantize", "eval", "generate", "inspect", "methods"]
+COMMANDS = ["quantize", "eval", "compare", "generate", "inspect", "methods"]
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:

@@ -27,7 +27,8 @@ TEXT = "novels"
 WEIGHT_METHODS = ("rtn", "hqq", "sinq", "asinq", "awq", "gptq", "awq+gptq")
 WEIGHT_SCHEMES = ("W4A16G64", "W3A16G64", "W2A16G64")
 ACTIVATION_METHODS = ("rtn", "smoothquant", "os-plus")
-ACTIVATION_SCHEMES = ("W8A8", "W6A6", "W4A4")
+ACTIVATION_SCHEMES = ("W8A8", "W6A6", "W4A8")
+LEARNED_METHODS = ("rtn", "smoothquant", "os-plus", "omniquant", "affinequant", "hadamard", "flatquant")
 TENSOR_SCHEMES = ("W8A8T", "W6A6T", "W4A8T", "W4A4T")
 
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[^>]+?) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -125,12 +126,19 @@ def _activations(model: str, heading: str = "activations, too", schemes: Sequenc
     return best_of(heading, "activations.jsonl", ACTIVATION_METHODS, columns)
 
 
+def _four_bits(text: str = TEXT) -> str:
+    columns = _side_by_side("bench-llama", "outliers", ("W4A4",))
+    return best_of("weights and activations of 4 bits", "learned.jsonl", LEARNED_METHODS, columns, text)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "weights": lambda: _weights("bench-llama"),
     "weights bench-llama wikitext2": lambda: _weights("bench-llama", "wikitext2"),
     "weights bench-opt": lambda: _weights("bench-opt"),
     "weights bench-opt wikitext2": lambda: _weights("bench-opt", "wikitext2"),
     "activations": lambda: _activations("bench-llama"),
+    "four bits": _four_bits,
+    "four bits wikitext2": lambda: _four_bits("wikitext2"),
     "activations bench-opt": lambda: _activations("bench-opt"),
     "activations per tensor": lambda: _activations("bench-llama", "activations, per tensor", TENSOR_SCHEMES),
     "activations per tensor bench-opt": lambda: _activations("bench-opt", "activations, per tensor", TENSOR_SCHEMES),

@@ -9,7 +9,7 @@ TORCH := torch==2.13.0
 # One thread for each of the two test processes: more only get into each other's way.
 TEST_JOBS ?= 2
 
-.PHONY: demo test lint format types package clean
+.PHONY: demo test lint format types package tables docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.core
@@ -36,8 +36,16 @@ package: $(VENV)/.core
 	$(BIN)/pip install --quiet --no-deps --target build/installed build/wheel/*.whl
 	cd build/installed && ../../$(BIN)/python -I ../../.ci/check_package.py .
 
+# What README.md and eval/results/README.md show of eval/results; a test fails when they are not what the files say.
+tables: $(VENV)/.core
+	$(BIN)/python -m quantkit.eval.generated
+
+# The documentation into site/; a warning is an error. Nothing that is generated from the code is kept (docs/generate.py).
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build demo-out *.egg-info
+	rm -rf $(VENV) build site demo-out *.egg-info
 
 # The stamps: an environment is made again only when what it was made from has changed.
 $(VENV)/.core: pyproject.toml setup.py constraints.txt
@@ -49,5 +57,10 @@ $(VENV)/.core: pyproject.toml setup.py constraints.txt
 
 $(VENV)/.dev: $(VENV)/.core
 	@echo "adding what the tests need"
-	$(BIN)/pip install --quiet $(TORCH) -e '.[dev,eval,portable]' -c constraints.txt
+	$(BIN)/pip install --quiet $(TORCH) -e '.[dev,eval,report,portable]' -c constraints.txt
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.core
+	@echo "adding what the documentation needs"
+	$(BIN)/pip install --quiet $(TORCH) -e '.[docs]' -c constraints.txt
 	@touch $@

@@ -241,14 +241,14 @@ class Calibration(_Strict):
 class Step(_Strict):
     """One method of the run with its options; the method's own ``Config`` checks them when the run is planned."""
 
-    method: str
-    options: dict[str, Any] = Field(default_factory=dict)
+    method: str = Field(description="a name of `quantkit methods`")
+    options: dict[str, Any] = Field(default_factory=dict, description="of the method")
 
 
 class Recipe(_Strict):
     """Everything a run does."""
 
-    scheme: Scheme
+    scheme: Scheme = Field(description="how numbers are stored, a name such as W4A16G64 or its parts")
     steps: tuple[Step, ...] = Field(description="transforms in order, then one rounding, then tuning")
     calibration: Calibration = Field(Calibration(), description="used by methods that need data, else of no effect")
     ignore: tuple[str, ...] = Field(

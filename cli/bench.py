@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 app = typer.Typer(
-    no_args_is_help=True, help="Measure on this machine: kernels, whole models.", rich_markup_mode="markdown"
+    no_args_is_help=True, help="Measure on this machine: kernels, whole models, caches.", rich_markup_mode="markdown"
 )
 
 KERNELS = """Examples:
@@ -32,6 +32,16 @@ quantkit bench decode llama-1b
 quantkit bench decode out --tokens 32 --prefill 512 --json decode.json
 
 quantkit bench decode meta-llama/Llama-3.1-8B --schemes W4A16G128,W8A8 --device cuda
+"""
+
+
+KV = """Examples:
+
+quantkit bench kv llama-3-8b
+
+quantkit bench kv llama-3-8b llama-1b --kv int8,kivi-2bit,nsnquant-1bit --context 1024,16384 --rounds 0
+
+quantkit bench kv meta-llama/Llama-3.1-8B --context 32768 --batch 8 --device cuda --json kv.json
 """
 
 
@@ -142,6 +152,65 @@ def decode(
     table(header, shown, right=tuple(header[1:]))
     if out is not None:
         _write(out, where, numbers, bench.report(lines, batch))
+
+
+@app.command("kv", epilog=KV)
+def kv(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="folder or hub id, for its shape; llama-1b; llama-3-8b")
+    ],
+    names: Annotated[
+        str, typer.Option("--kv", metavar="NAMES", help="caches of `quantkit methods`, with commas between")
+    ] = "int8,kivi-2bit,nsnquant-2bit",
+    context: Annotated[str, typer.Option(help="tokens in the cache, with commas between")] = "4096",
+    batch: Annotated[int, typer.Option(min=1, help="sequences at a time")] = 1,
+    attention: Annotated[
+        str, typer.Option(help="packed: the cache is read block by block; dense: all of it for each token")
+    ] = "packed,dense",
+    dtype: Annotated[Dtype, typer.Option(help="of what comes in, and of full precision; auto: bfloat16")] = Dtype.auto,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...; auto: the first GPU, else cpu")] = "auto",
+    rounds: Annotated[int, typer.Option(min=0, help="timed calls of each, at least 3; 0: bytes alone")] = 5,
+    trust_remote_code: TrustOption = False,
+    out: Annotated[Path | None, typer.Option("--json", help="file for the figures, versions and machine")] = None,
+) -> None:
+    """What the keys and values of one layer take, and cost, against full precision, in turns in one run.
+
+    Prints measured bytes of a layer, how many times smaller that is, and medians: of a decoding step of all sequences
+    (one token comes in, attention reads all), and of taking in one token of a prompt. No model is run.
+    """
+    import torch
+
+    from quantkit.cli.console import quiet_libraries, size
+    from quantkit.cli.loaded import one_device
+    from quantkit.eval import bench_kv as bench
+
+    quiet_libraries()
+    wanted, contexts, ways = bench.parse_names(names), bench.parse_contexts(context), bench.parse_attentions(attention)
+    where = torch.device(one_device(device))
+    numbers = torch.bfloat16 if dtype is Dtype.auto else getattr(torch, dtype.value)
+    lines: list[bench.Row] = []
+    with Progress() as progress:
+        for done, (model, tokens) in enumerate(((m, c) for m in models for c in contexts), start=1):
+            lines += bench.bench(
+                model, wanted, tokens, numbers, where, attentions=ways, batch=batch, rounds=rounds,
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
+            progress.update("timing", done, len(models) * len(contexts), f"{model}, {tokens} tokens")
+    header = ["model", "tokens", "cache", "bytes", "bits", "x smaller"]
+    header += ["attention", "step ms", "p20", "p80", "x full", "encode us"] if rounds else []
+    shown = []
+    for line in lines:
+        cells = [line.model, str(line.context), line.kv, size(line.bytes), f"{line.bits_per_element:.3f}"]
+        cells.append(f"{line.times_smaller:.2f}")
+        if line.decode and line.encode and line.decode_ratio:
+            t = line.decode
+            cells += [line.attention, *(f"{1000 * s:.2f}" for s in (t.median, t.p20, t.p80))]
+            cells += [f"{line.decode_ratio:.3f}", f"{1e6 * line.encode.median:.2f}"]
+        if rounds or cells not in shown:
+            shown.append(cells)
+    table(header, shown, right=tuple(name for name in header if name not in ("model", "cache", "attention")))
+    if out is not None:
+        _write(out, where, numbers, bench.report(lines))
 
 
 def _write(out: Path, device: torch.device, dtype: torch.dtype, rows: list[dict[str, Any]]) -> None:

@@ -100,7 +100,7 @@ def bench(
     Raises:
         QuantkitError: no such model, or one that does not predict the next token.
     """
-    config, quantised = _config(model, trust_remote_code)
+    config, quantised = model_config(model, trust_remote_code)
     subjects = []
     if quantised is not None:
         subjects.append(_measured(quantised.name, device, partial(_checkpoint, quantised, dtype, device)))
@@ -174,8 +174,8 @@ def _prefill(model: PreTrainedModel, ids: Tensor, number: int) -> None:
     model(input_ids=ids, logits_to_keep=1, use_cache=True)
 
 
-def _config(model: str, trust_remote_code: bool) -> tuple[PreTrainedConfig, Path | None]:
-    """The configuration, and the folder if it is a quantised checkpoint."""
+def model_config(model: str, trust_remote_code: bool) -> tuple[PreTrainedConfig, Path | None]:
+    """The configuration of what ``bench`` takes as a model, and the folder if it is a quantised checkpoint."""
     if model in SHAPES and not Path(model).exists():
         return LlamaConfig(max_position_embeddings=8192, **SHAPES[model]), None
     folder = resolve(model, trust_remote_code=trust_remote_code, allow_quantized=True)

@@ -30,7 +30,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from quantkit.errors import QuantkitError, RecipeError
 from quantkit.formats.kv import AnyKV, CacheFormat, KVFormat, LearnedKV, kv_of
 from quantkit.kv import methods
-from quantkit.kv.cache import KVCache, RoundingCache, can_be_replaced, new_cache, use_quantised_layer
+from quantkit.kv.attention_function import choose_attention, use_dense_attention
+from quantkit.kv.cache import KVCache, QuantisedLayer, RoundingCache, can_be_replaced, new_cache, use_quantised_layer
 from quantkit.kv.interface import LayerFacts, LayerKV
 from quantkit.kv.quantiser import MinMax
 from quantkit.kv.rotation import KeyMatrix, RandomHadamard
@@ -80,6 +81,11 @@ def key_dim(attention: nn.Module) -> int:
     return _width(attention, _WIDTHS)
 
 
+def value_dim(attention: nn.Module) -> int:
+    """Numbers in a value of one head; 0: the module does not say."""
+    return _width(attention, _VALUE_WIDTHS)
+
+
 def _width(attention: nn.Module, names: tuple[str, ...]) -> int:
     widths = [getattr(attention, name, None) for name in names]
     return next((width for width in widths if isinstance(width, int)), 0)
@@ -103,7 +109,7 @@ def _kept(model: nn.Module, kv: AnyKV) -> list[Attention]:
 
 def method_kv(kv: CacheFormat, one: Attention, config: PreTrainedConfig | None) -> LayerKV:
     """How the attention ``one`` of a model of ``config`` keeps its keys and values."""
-    facts = LayerFacts(one.layer, key_dim(one.module), _width(one.module, _VALUE_WIDTHS), config)
+    facts = LayerFacts(one.layer, key_dim(one.module), value_dim(one.module), config)
     return methods.get(kv.method).layer_kv(kv.config, facts)
 
 
@@ -254,22 +260,28 @@ def why_not(model: PreTrainedModel, kv: AnyKV | None = None) -> str:
     return ""
 
 
-def set_kv(model: PreTrainedModel, kv: AnyKV | None) -> None:
+def set_kv(model: PreTrainedModel, kv: AnyKV | None, attention: str | None = None) -> None:
     """From now on ``model``, quantised or not, keeps keys and values as ``kv`` says; None: in full precision.
 
     Every forward and every ``generate`` that is given no cache goes by it. What a checkpoint says is overruled; what
     was learned for it stays where it is.
 
+    Args:
+        attention: as for ``kv_cache``; dense: ``model`` has the attention again that it came with.
+
     Raises:
-        QuantkitError: the model has no cache, or none of this kind.
+        RecipeError: there is no such attention.
+        QuantkitError: the model has no cache, or none of this kind, or cannot have such an attention.
     """
     if kv is not None:
         _refuse(model, kv)
     for hook in kv_hooks(model).values():
         assert hook.handle is not None
         hook.handle.remove()
+    use_dense_attention(model)  # its hooks have to come behind ours
     if kv is not None:
         quantise_kv(model, kv, {})
+        choose_attention(model, attentions(model), attention)
 
 
 def kv_format(model: PreTrainedModel) -> AnyKV | None:
@@ -278,7 +290,11 @@ def kv_format(model: PreTrainedModel) -> AnyKV | None:
 
 
 def kv_cache(
-    method: str | PreTrainedModel | None = None, *, model: PreTrainedModel | None = None, **settings: Any
+    method: str | PreTrainedModel | None = None,
+    *,
+    model: PreTrainedModel | None = None,
+    attention: str | None = None,
+    **settings: Any,
 ) -> KVCache:
     """A fresh cache, to pass as ``past_key_values``; ``memory_report()`` says what it takes.
 
@@ -289,16 +305,22 @@ def kv_cache(
     A model whose checkpoint says how to keep keys and values makes such a cache by itself; this is for those who want
     to hold it, or another one.
 
+    Args:
+        attention: packed: attention reads the cache block by block while it generates, so what it takes does not grow
+            with the context; the model is set up for that (``kv/attention_function.py``). dense: all keys and values
+            are read back for each token. None: packed on a CPU, where it is as fast or faster, else dense.
+
     Raises:
         RecipeError: no such method or setting, with the nearest known one, or a value that a setting cannot have.
-        QuantkitError: the checkpoint says nothing of a quantised cache, or the model has none of this kind.
+        QuantkitError: the checkpoint says nothing of a quantised cache, or the model has none of this kind, or cannot
+            have such an attention.
     """
     if not isinstance(method, str | None):
         method, model = None, method
     if model is None:
         raise RecipeError("kv_cache needs the model that the cache is for: kv_cache('kivi-2bit', model=model).")
     if method is not None:
-        return empty_cache(model, kv_of(method, settings))
+        return empty_cache(model, kv_of(method, settings), attention)
     if settings:
         raise RecipeError(f"kv_cache was given {', '.join(settings)} but no method; name one first, as 'kivi'.")
     kv = kv_format(model)
@@ -308,27 +330,37 @@ def kv_cache(
             "kv_cache('kivi-2bit', model=model), or quantise it with a scheme that ends in KV<bits>, for example "
             "W4A16KV4."
         )
-    return empty_cache(model, kv)
+    return empty_cache(model, kv, attention)
 
 
-def empty_cache(model: PreTrainedModel, kv: AnyKV | None) -> KVCache:
+def empty_cache(model: PreTrainedModel, kv: AnyKV | None, attention: str | None = None) -> KVCache:
     """For ``model``, by ``kv``; None: all layers as transformers keeps them.
 
+    Args:
+        attention: as for ``kv_cache``.
+
     Raises:
-        QuantkitError: the model has no cache, or none of this kind, or not what was learned for it.
+        RecipeError: there is no such attention.
+        QuantkitError: the model has no cache, or none of this kind, or not what was learned for it, or cannot have
+            such an attention.
     """
     if kv is None:
         return new_cache(model.config, {})
-    hooks = kv_hooks(model)
+    hooks, found = kv_hooks(model), attentions(model)
     if kv == kv_format(model):
-        layers = {one.layer: hooks[one.path].layer_kv(one.module) for one in attentions(model) if one.path in hooks}
-        return new_cache(model.config, layers, kv)
-    _refuse(model, kv)
-    made = {
-        one.layer: method_kv(kv, one, model.config) if isinstance(kv, CacheFormat) else layer_kv(kv, one.layer)
-        for one in _kept(model, kv)
-    }
-    return new_cache(model.config, made, kv)
+        made = {one.layer: hooks[one.path].layer_kv(one.module) for one in found if one.path in hooks}
+    else:
+        _refuse(model, kv)
+        made = {
+            one.layer: method_kv(kv, one, model.config) if isinstance(kv, CacheFormat) else layer_kv(kv, one.layer)
+            for one in _kept(model, kv)
+        }
+    cache = new_cache(model.config, made, kv)
+    packed = choose_attention(model, found, attention)
+    for layer in cache.layers:
+        if isinstance(layer, QuantisedLayer):
+            layer.packed = packed
+    return cache
 
 
 def _refuse(model: PreTrainedModel, kv: AnyKV) -> None:

@@ -8,9 +8,9 @@ from what it holds: attention sees what is stored, whether a sequence comes whol
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,31 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.kv import AnyKV
 from quantkit.kv.interface import ChunkedStore, LayerKV, Store
 
+if TYPE_CHECKING:
+    from quantkit.kv.memory import MemoryReport
+
+
+@dataclass(eq=False)
+class Lent:
+    """A layer on loan to an attention that reads it by itself; ``update`` puts it on the keys that it returns.
+
+    Attention gets a cache's keys and values, but not the cache: this is how it finds its way back.
+    """
+
+    layer: QuantisedLayer
+    whole: bool
+    """``update`` returns all tokens, as without a loan; False: the new ones as they came, and nothing is read back."""
+    seen: bool = False
+    """It has arrived."""
+
+    @staticmethod
+    def on(keys: Tensor) -> Lent | None:
+        """What ``keys`` came with."""
+        return getattr(keys, _LENT, None)
+
+
+_LENT = "_quantkit_lent"
+
 
 class QuantisedLayer(CacheLayerMixin):
     """Keys and values of one layer.
@@ -28,17 +53,21 @@ class QuantisedLayer(CacheLayerMixin):
     Args:
         kv: how they are kept.
         window: tokens that a query sees, itself included: older ones are dropped; None: all.
+        packed: an attention that can read what is held by itself (``attention_function.py``) may do so.
     """
 
     is_croppable = True
     supports_early_init = False  # nothing is known about what a store needs before it is given something
 
-    def __init__(self, kv: LayerKV, window: int | None = None) -> None:
+    def __init__(self, kv: LayerKV, window: int | None = None, packed: bool = True) -> None:
         super().__init__()
         self.kv = kv
+        self.packed = packed
         self.window = window
         self.is_sliding = window is not None
         self.record_past = False
+        self.lent: Lent | None = None
+        """To whoever calls ``update`` next."""
         self._keys: Store
         self._values: Store
         self._seen: int
@@ -59,22 +88,52 @@ class QuantisedLayer(CacheLayerMixin):
         Raises:
             QuantkitError: they are of another number of sequences, heads or channels than those held.
         """
+        lent, self.lent = self.lent, None
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
         self._hold(self.record_past)
+        new = key_states.shape[-2]
         transform = self.kv.transform
-        keys = self._keys.append(key_states if transform is None else transform.apply(key_states))
+        given = key_states if transform is None else transform.apply(key_states)
+        if lent is not None and not lent.whole:
+            self._keys.put(given)
+            self._values.put(value_states)
+            self._seen += new
+            keys = key_states.view_as(key_states)
+            setattr(keys, _LENT, lent)
+            return keys, value_states
+        keys = self._keys.append(given)
         keys = keys if transform is None else transform.undo(keys)
         values = self._values.append(value_states)
-        new = key_states.shape[-2]
         self._seen += new
         if self.window is not None:
             visible = self.window - 1 + new  # as the mask was told; a store may hold more
             keys, values = keys[:, :, -visible:], values[:, :, -visible:]
             if not self.record_past:
                 self._drop_unseen()
+        if lent is not None:
+            keys = keys.view_as(keys)
+            setattr(keys, _LENT, lent)
         return keys, values
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens held, as ``update`` returns them."""
+        assert self._like is not None
+        keys, values = (
+            store.read(0, store.length, like.dtype) for store, like in zip(self.stores, self._like, strict=True)
+        )
+        return (keys if self.kv.transform is None else self.kv.transform.undo(keys)), values
+
+    @property
+    def stores(self) -> tuple[Store, Store]:
+        """Of the keys (behind ``kv.transform``) and of the values."""
+        return self._keys, self._values
+
+    @property
+    def heads(self) -> int:
+        """Of the keys and values held."""
+        return 0 if self._like is None else self._like[0].shape[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(tokens that the next ``update`` returns, number of the first of them)"""
@@ -202,29 +261,6 @@ def _shape(states: Tensor) -> str:
     return f"{states.shape[0]} sequences with {states.shape[1]} heads of {states.shape[3]} numbers"
 
 
-@dataclass(frozen=True)
-class MemoryReport:
-    """What a cache takes."""
-
-    bytes: int
-    """Of the storage of every tensor that it keeps alive."""
-    elements: int
-    """Keys and values that it stands for: 2 * layers * batch * heads * tokens * head_dim, if all layers keep all."""
-
-    @property
-    def bits_per_element(self) -> float:
-        return 8 * self.bytes / self.elements if self.elements else 0.0
-
-    @property
-    def times_smaller(self) -> float:
-        """Than the same keys and values in bfloat16."""
-        return 2 * self.elements / self.bytes if self.bytes else 0.0
-
-    def describe(self) -> dict[str, float]:
-        """As JSON."""
-        return asdict(self) | {"bits_per_element": self.bits_per_element, "times_smaller": self.times_smaller}
-
-
 class KVCache(Cache):
     """One layer for each of the model's, in transformers' own order; whoever made it has decided what each is.
 
@@ -264,6 +300,9 @@ class KVCache(Cache):
             )
 
     def memory_report(self) -> MemoryReport:
+        """What it takes now."""
+        from quantkit.kv.memory import memory_report
+
         return memory_report(self)
 
     def save(self, path: str | Path) -> None:
@@ -342,21 +381,3 @@ def use_quantised_layer(cache: Cache, index: int, kv: LayerKV) -> None:
 def can_be_replaced(layer: Any) -> bool:
     """Does a ``QuantisedLayer`` do all that ``layer`` does? Subclasses keep more than keys and values."""
     return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
-
-
-def memory_report(cache: Cache) -> MemoryReport:
-    """What ``cache`` takes; keys and values in full precision count, too."""
-    storages: dict[int, int] = {}
-    elements = 0
-    layer: Any
-    for layer in cache.layers:
-        if isinstance(layer, QuantisedLayer):
-            tensors, count = list(layer.tensors()), layer.elements
-        else:
-            tensors = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
-            count = sum(tensor.numel() for tensor in tensors)
-        elements += count
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return MemoryReport(sum(storages.values()), elements)

@@ -61,17 +61,39 @@ class ChunkStore:
         batch, heads, _, head_dim = self._tail.shape
         return batch * heads * self.length * head_dim
 
+    @property
+    def grain(self) -> tuple[int, int]:
+        return 0, self._unit
+
     def append(self, states: Tensor) -> Tensor:
-        with torch.no_grad():
-            held = [] if self._tail is None else [self._tail.to(states.dtype)]
-            self._tail = torch.cat([*held, states.detach()], dim=2)  # a copy: of a view the whole would stay alive
-            if not self.hold:
-                self.settle()
-            read = self._read(states.dtype)
+        self.put(states)
+        read = self.read(0, self.length, states.dtype)
         if states.requires_grad and torch.is_grad_enabled():
             new = states.shape[2]
             return torch.cat([read[:, :, :-new], straight(states, lambda _: read[:, :, -new:])], dim=2)
         return read
+
+    @torch.no_grad()
+    def put(self, states: Tensor) -> None:
+        held = [] if self._tail is None else [self._tail.to(states.dtype)]
+        self._tail = torch.cat([*held, states.detach()], dim=2)  # a copy: of a view the whole would stay alive
+        if not self.hold:
+            self.settle()
+
+    @torch.no_grad()
+    def read(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        assert self._tail is not None
+        coded, unit = self.coded, self._unit
+        tail = self._tail[:, :, max(0, first - coded) : max(0, last - coded)].to(dtype)
+        if first >= coded:
+            return tail
+        stop = min(last, coded)
+        units = slice(first // unit, -(-stop // unit))
+        parts = {name: part[:, :, units] for name, part in self._parts.items()}
+        read = self._codec.decode(parts, self._tail.shape[-1], dtype)
+        start = first - unit * (first // unit)
+        read = read[:, :, start : start + stop - first]
+        return torch.cat([read, tail], dim=2) if tail.shape[2] else read
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -119,9 +141,3 @@ class ChunkStore:
     def load(self, state: dict[str, Tensor]) -> None:
         self._tail = state.get("tail")
         self._parts = {name: part for name, part in state.items() if name != "tail"}
-
-    def _read(self, dtype: torch.dtype) -> Tensor:
-        assert self._tail is not None
-        if not self._parts:
-            return self._tail
-        return torch.cat([self._codec.decode(self._parts, self._tail.shape[-1], dtype), self._tail], dim=2)

@@ -76,7 +76,7 @@ class Codebook:
         """The numbers [..., 8 * n] in ``dtype`` that what ``search`` returns stands for."""
         numbers = torch.embedding(self.on(indices.device).to(dtype), indices.int())
         if signs is not None:
-            numbers = numbers * torch.embedding(_sign_table(indices.device).to(dtype), signs.int())
+            numbers *= torch.embedding(_sign_table(indices.device).to(dtype), signs.int())
         return numbers.flatten(-2)
 
     def on(self, device: torch.device) -> Tensor:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -36,6 +37,10 @@ class Store(Protocol):
     def elements(self) -> int:
         """Numbers that the held tokens stand for: batch * heads * length * head_dim."""
 
+    @property
+    def grain(self) -> tuple[int, int]:
+        """(s, g): number s of the tokens held, and every g-th behind it, begins something that is encoded as one."""
+
     def append(self, states: Tensor) -> Tensor:
         """Take in ``states`` [batch, heads, tokens, head_dim] behind what is held.
 
@@ -43,6 +48,13 @@ class Store(Protocol):
             All tokens as they read back, [batch, heads, length, head_dim] in the dtype of ``states``; the new ones
             with the gradient of ``Method.round``.
         """
+
+    def put(self, states: Tensor) -> None:
+        """As ``append``, and nothing is read back."""
+
+    def read(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Tokens number ``first`` to ``last - 1`` of those held, as they read back, [batch, heads, last - first,
+        head_dim] in ``dtype``. What it takes grows with their number alone."""
 
     def keep(self, first: int, last: int) -> None:
         """Drop the tokens before number ``first`` of those held, and number ``last`` and all behind it.

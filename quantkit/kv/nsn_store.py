@@ -70,16 +70,40 @@ class NSNStore:
         batch, heads, _, head_dim = self._tail.shape
         return batch * heads * self.length * head_dim
 
+    @property
+    def grain(self) -> tuple[int, int]:
+        return self._held_sink, self._coder.window
+
     def append(self, states: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast(states.device.type, enabled=False):  # sums have to be in float32
-            self._take(states.detach())
-            if not self.hold:
-                self.settle()
-            read = self._read(states.dtype)
+        self.put(states)
+        read = self.read(0, self.length, states.dtype)
         if states.requires_grad and torch.is_grad_enabled():
             old = read.shape[2] - states.shape[2]
             return torch.cat([read[:, :, :old], straight(states, lambda _: read[:, :, old:])], dim=2)
         return read
+
+    @torch.no_grad()
+    def put(self, states: Tensor) -> None:
+        with torch.autocast(states.device.type, enabled=False):  # sums have to be in float32
+            self._take(states.detach())
+            if not self.hold:
+                self.settle()
+
+    @torch.no_grad()
+    def read(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        assert self._sink is not None
+        assert self._tail is not None
+        sink, window, packed = self._held_sink, self._coder.window, self._packed
+        parts = [self._sink[:, :, first:last].to(dtype)]
+        start, stop = max(0, first - sink), min(last - sink, packed)
+        if start < stop:
+            at, end = start // window, -(-stop // window)
+            with torch.autocast(self._tail.device.type, enabled=False):
+                read = self._coder.decode(self._chunks().part(at, end), self._starts()[at:end], dtype).flatten(2, 3)
+            parts.append(read[:, :, start - at * window : stop - at * window])
+        behind = sink + packed
+        parts.append(self._tail[:, :, max(0, first - behind) : max(0, last - behind)].to(dtype))
+        return torch.cat(parts, dim=2)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -219,15 +243,6 @@ class NSNStore:
         if waiting:  # not yet packed, and never going to be
             self._tail = self._tail[:, :, waiting * window :].clone()
             self._first, self._last = self._first + waiting, self._last + waiting
-
-    def _read(self, dtype: torch.dtype) -> Tensor:
-        """All tokens held, in ``dtype``."""
-        assert self._sink is not None
-        assert self._tail is not None
-        parts = [self._sink.to(dtype), self._tail.to(dtype)]
-        if self._count:
-            parts.insert(1, self._coder.decode(self._chunks(), self._starts(), dtype).flatten(2, 3))
-        return torch.cat(parts, dim=2)
 
 
 def check_width(what: str, width: int) -> None:

@@ -64,16 +64,26 @@ class TokenStore:
         batch, heads, tokens = next(iter(self._parts.values())).shape[:3]
         return batch * heads * tokens * self._head_dim
 
+    @property
+    def grain(self) -> tuple[int, int]:
+        return 0, 1
+
     def append(self, states: Tensor) -> Tensor:
-        with torch.no_grad():
-            new = self._codec.encode(states)
-        held = self._parts
-        self._parts = {name: torch.cat([held[name], part], dim=2) for name, part in new.items()} if held else new
-        self._head_dim = states.shape[-1]
-        read = self._codec.decode(self._parts, self._head_dim, states.dtype)
+        self.put(states)
+        read = self.read(0, self.length, states.dtype)
         if states.requires_grad and torch.is_grad_enabled():
             return torch.cat([read[:, :, : -states.shape[2]], self._codec.round(states)], dim=2)
         return read
+
+    @torch.no_grad()
+    def put(self, states: Tensor) -> None:
+        new, held = self._codec.encode(states), self._parts
+        self._parts = {name: torch.cat([held[name], part], dim=2) for name, part in new.items()} if held else new
+        self._head_dim = states.shape[-1]
+
+    def read(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        parts = {name: part[:, :, first:last] for name, part in self._parts.items()}
+        return self._codec.decode(parts, self._head_dim, dtype)
 
     def keep(self, first: int, last: int) -> None:
         self.change(lambda part: part[:, :, first:last].clone())  # a view would keep the rest alive

@@ -61,11 +61,15 @@ class Rope:
         angles = slots[..., None].double() * _on(self.frequencies, slots.device)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
+    def pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The first and the second channel of every pair of ``x`` [..., head_dim], both [..., rotary_dim / 2]."""
+        split = x[..., : self.rotary_dim].unflatten(-1, (-1, 2) if self.interleaved else (2, -1))
+        first, second = split.unbind(-1 if self.interleaved else -2)
+        return first, second
+
     def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        rotated = x[..., : self.rotary_dim]
-        pairs = rotated.unflatten(-1, (-1, 2) if self.interleaved else (2, -1))
+        first, second = self.pairs(x)
         dim = -1 if self.interleaved else -2
-        first, second = pairs.unbind(dim)
         turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim).flatten(-2)
         return turned if self.rotary_dim == x.shape[-1] else torch.cat([turned, x[..., self.rotary_dim :]], dim=-1)
 

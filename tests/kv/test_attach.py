@@ -13,7 +13,8 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from quantkit.errors import QuantkitError
 from quantkit.formats.kv import KVFormat
 from quantkit.kv.attach import attentions, kv_cache, layer_kv, quantise_kv, why_not
-from quantkit.kv.cache import QuantisedLayer, RoundingCache, memory_report, new_cache
+from quantkit.kv.cache import QuantisedLayer, RoundingCache, new_cache
+from quantkit.kv.memory import memory_report
 
 KV4 = KVFormat(bits=4, symmetric=False, clip=1.0, key_transform="hadamard", seed=0)
 TOKENS = 11

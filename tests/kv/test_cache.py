@@ -11,8 +11,9 @@ from transformers import DynamicCache, LlamaConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from quantkit.kv.cache import KVCache, QuantisedLayer, memory_report
+from quantkit.kv.cache import KVCache, QuantisedLayer
 from quantkit.kv.interface import LayerKV
+from quantkit.kv.memory import memory_report
 from quantkit.kv.quantiser import MinMax
 from quantkit.kv.rotation import KeyMatrix, RandomHadamard
 

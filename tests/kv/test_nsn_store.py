@@ -14,8 +14,9 @@ from transformers import DynamicCache
 
 from quantkit.errors import QuantkitError
 from quantkit.kernels import hadamard
-from quantkit.kv.cache import QuantisedLayer, memory_report, new_cache
+from quantkit.kv.cache import QuantisedLayer, new_cache
 from quantkit.kv.interface import ChunkedStore
+from quantkit.kv.memory import memory_report
 from quantkit.kv.nsn_store import NSNStore
 from quantkit.kv.nsnquant import NSN, Config, layer_kv
 from quantkit.kv.rope import Rope, rope_of

@@ -100,7 +100,8 @@ import sys, torch, quantkit
 model, _ = quantkit.load(sys.argv[1])
 cache = quantkit.load_cache(sys.argv[2], model)
 ids = torch.arange(5)[None].expand(2, -1)
-torch.save(model(ids, past_key_values=cache).logits.detach(), sys.argv[3])
+with torch.no_grad():
+    torch.save(model(ids, past_key_values=cache).logits, sys.argv[3])
 """
 
 

@@ -32,6 +32,7 @@ from quantkit.kv.attach import empty_cache, key_dim, value_dim
 from quantkit.kv.attention_function import ATTENTIONS, DENSE, PACKED
 from quantkit.kv.cache import Lent, QuantisedLayer
 from quantkit.kv.interface import LayerKV
+from quantkit.kv.memory import memory_report
 from quantkit.kv.methods import NONE
 from quantkit.kv.packed_attention import attend
 from quantkit.kv.rope import Rope, rope_of

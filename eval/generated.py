@@ -10,6 +10,7 @@ A table stands between two lines; what is between them is replaced:
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -93,6 +94,10 @@ def best_of(
     down = [_column([value(method, model, scheme) for method in methods]) for _, model, scheme in columns]
     lines = [[heading, *(name for name, _, _ in columns)]]
     lines += [[f"`{method}`", *row] for method, row in zip(methods, zip(*down, strict=True), strict=True)]
+    return _table(lines)
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
     rows = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])
 
@@ -131,6 +136,18 @@ def _four_bits(text: str = TEXT) -> str:
     return best_of("weights and activations of 4 bits", "learned.jsonl", LEARNED_METHODS, columns, text)
 
 
+def _caches(model: str) -> str:
+    """How many times smaller than in bfloat16 a cache is, of the shape of one layer of ``model``."""
+    rows = json.loads((ROOT / "eval" / "results" / "bench_kv.json").read_text(encoding="utf-8"))["rows"]
+    found = {(row["kv"], row["context"]): row for row in rows if row["model"] == model and row["kv"] != "none"}
+    contexts = sorted({context for _, context in found})
+    lines = [["keys and values", *(f"{context:,} tokens" for context in contexts), "bits per element"]]
+    for kv in dict.fromkeys(kv for kv, _ in found):
+        smaller = [f"{found[kv, context]['times_smaller']:.2f}" for context in contexts]
+        lines.append([f"`{kv}`", *smaller, f"{found[kv, contexts[-1]]['bits_per_element']:.2f}"])
+    return _table(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "weights": lambda: _weights("bench-llama"),
     "weights bench-llama wikitext2": lambda: _weights("bench-llama", "wikitext2"),
@@ -138,6 +155,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "weights bench-opt wikitext2": lambda: _weights("bench-opt", "wikitext2"),
     "activations": lambda: _activations("bench-llama"),
     "four bits": _four_bits,
+    "caches": lambda: _caches("llama-3-8b"),
+    "caches of heads of 64": lambda: _caches("llama-1b"),
     "four bits wikitext2": lambda: _four_bits("wikitext2"),
     "activations bench-opt": lambda: _activations("bench-opt"),
     "activations per tensor": lambda: _activations("bench-llama", "activations, per tensor", TENSOR_SCHEMES),

@@ -2,7 +2,7 @@
 
     python -m quantkit.kernels.triton.integer_report [sm_80 sm_90 gfx942]
 
-prints what ``compile_report`` does for the weight-only one, and the matrix instructions of the main loop.
+prints what ``weight_only_report`` does for the weight-only one, and the matrix instructions of the main loop.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from quantkit.kernels.triton import ahead, configs, integer, integer_configs, integer_kernels, integer_layout
 from quantkit.kernels.triton.ahead import Built
-from quantkit.kernels.triton.compile_report import PROCESSORS, SIZE
 from quantkit.kernels.triton.configs import Config, Device
 from quantkit.kernels.triton.integer_configs import Problem
+from quantkit.kernels.triton.weight_only_report import PROCESSORS, SIZE
 from quantkit.recipe import PER_CHANNEL
 
 PRODUCTS = {

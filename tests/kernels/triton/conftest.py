@@ -12,6 +12,7 @@ from quantkit.kernels.triton import (
     activation,
     activation_kernels,
     compat,
+    integer_kernels,
     transforms,
     transforms_kernels,
     weight_only,
@@ -19,12 +20,11 @@ from quantkit.kernels.triton import (
 )
 
 
-@pytest.fixture(scope="session")
-def interpreted_kernels() -> ModuleType:
-    """``weight_only_kernels`` loaded again, for the interpreter: it is chosen when functions are decorated."""
+def _interpreted(kernels: ModuleType) -> ModuleType:
+    """``kernels`` loaded again, for the interpreter: it is chosen when functions are decorated."""
     if not compat.AVAILABLE:
         pytest.skip("needs triton")
-    spec = importlib.util.spec_from_file_location("interpreted_weight_only_kernels", weight_only_kernels.__file__)
+    spec = importlib.util.spec_from_file_location(f"interpreted_{kernels.__name__}", kernels.__file__)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -32,6 +32,18 @@ def interpreted_kernels() -> ModuleType:
         patch.setenv("TRITON_INTERPRET", "1")
         spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def interpreted_kernels() -> ModuleType:
+    """``weight_only_kernels``"""
+    return _interpreted(weight_only_kernels)
+
+
+@pytest.fixture(scope="session")
+def interpreted_integer_kernels() -> ModuleType:
+    """``integer_kernels``"""
+    return _interpreted(integer_kernels)
 
 
 @pytest.fixture
@@ -44,17 +56,10 @@ def interpreter(interpreted_kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture(scope="session")
 def interpreted_input_kernels() -> dict[ModuleType, ModuleType]:
     """Launcher -> its kernels for the interpreter; those of ``activation`` are parts of the others."""
-    if not compat.AVAILABLE:
-        pytest.skip("needs triton")
     loaded = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
         for launcher, kernels in ((activation, activation_kernels), (transforms, transforms_kernels)):
-            spec = importlib.util.spec_from_file_location(f"interpreted_{kernels.__name__}", kernels.__file__)
-            assert spec is not None
-            assert spec.loader is not None
-            loaded[launcher] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(loaded[launcher])
+            loaded[launcher] = _interpreted(kernels)
             patch.setitem(sys.modules, kernels.__name__, loaded[launcher])  # what is imported next takes its functions
     return loaded
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from random_layers import random_layer
 
-from quantkit.kernels.triton import ahead, compat, compile_report, configs, weight_only, weight_only_kernels
-from quantkit.kernels.triton.compile_report import Variant
+from quantkit.kernels.triton import ahead, compat, configs, weight_only, weight_only_kernels, weight_only_report
+from quantkit.kernels.triton.weight_only_report import Variant
 
 pytestmark = pytest.mark.skipif(not compat.AVAILABLE, reason="needs triton")
 
@@ -30,17 +30,17 @@ def nothing_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def shipped(target: str) -> list[Variant]:
     """Two tiles of every format."""
-    return [variant for variant in compile_report.variants(target) if variant.rows == ROWS[variant.dtype]]
+    return [variant for variant in weight_only_report.variants(target) if variant.rows == ROWS[variant.dtype]]
 
 
 def sample(target: str) -> list[Variant]:
-    """One of them, the other one on the next target; ``compile_report`` builds all."""
+    """One of them, the other one on the next target; ``weight_only_report`` builds all."""
     found, turn = shipped(target), ahead.TARGETS.index(target)
     return [found[2 * place + (place + turn) % 2] for place in range(len(found) // 2)]
 
 
 def check(variant: Variant) -> None:
-    built = compile_report.build(variant)
+    built = weight_only_report.build(variant)
     assert built.spilled == 0, variant.name
     assert built.shared <= configs.SHARED_LIMIT[variant.target], variant.name
     wanted = {
@@ -52,7 +52,7 @@ def check(variant: Variant) -> None:
     for instruction in wanted:
         assert built.count(instruction) > 0, (variant.name, instruction)
     if variant.target != "gfx942" and variant.levels == "uniform" and variant.rows == 8:
-        assert compile_report.cost(variant, built) < BUDGET[variant.bits], variant.name
+        assert weight_only_report.cost(variant, built) < BUDGET[variant.bits], variant.name
 
 
 @pytest.mark.parametrize("target", ahead.TARGETS)
@@ -70,16 +70,16 @@ def test_every_format_compiles(target):
 @pytest.mark.parametrize("target", ahead.TARGETS)
 def test_writing_the_weight_out_compiles(target):
     variant = next(variant for variant in shipped(target) if variant.bits == 3)
-    built = compile_report.build_dequantize(variant)
+    built = weight_only_report.build_dequantize(variant)
     assert built.spilled == 0
     assert built.count(r"STG\.E\S*\.128|global_store_dwordx4") > 0
 
 
 def test_a_weight_costs_few_enough_instructions():
-    """The budget of the notes in ``compile_report``, in the form that decodes: groups of 128, a symmetric grid."""
+    """The budget of the notes in ``weight_only_report``, in the form that decodes: groups of 128, a symmetric grid."""
     variants = [v for v in shipped("sm_90") if (v.bits, v.group_size, v.dtype) == (4, 128, "fp16")]
     (variant,) = variants
-    assert compile_report.cost(variant, compile_report.build(variant)) < 2.7
+    assert weight_only_report.cost(variant, weight_only_report.build(variant)) < 2.7
 
 
 class _H200:

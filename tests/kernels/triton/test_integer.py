@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from types import ModuleType
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from quantkit.kernels import dispatch
 from quantkit.kernels.input_codes import InputCodes
-from quantkit.kernels.triton import compat, configs, integer, integer_configs, integer_kernels, integer_layout
+from quantkit.kernels.triton import compat, configs, integer, integer_configs, integer_layout
 from quantkit.kernels.triton.configs import Config
 from quantkit.layers.quant_linear import QuantLinear
 
@@ -25,21 +24,6 @@ SCHEMES = ["W8A8", "W8A8G32", "W8ZA8", "W8ZA8Z", "W8ZA8ZG64", "W8A8ZG128", "W8A8
 BOUND = {torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 2**-7}
 """Relative. Of half: its rounding alone is 2e-4. The interpreter cuts bfloat16 off where a GPU rounds."""
 FEW = Config(block_m=16, block_n=64, split=1, warps=4, stages=1, scale_after=True)
-
-
-@pytest.fixture(scope="session")
-def interpreted_integer_kernels() -> ModuleType:
-    """``integer_kernels`` loaded again, for the interpreter: it is chosen when functions are decorated."""
-    if not compat.AVAILABLE:
-        pytest.skip("needs triton")
-    spec = importlib.util.spec_from_file_location("interpreted_integer_kernels", integer_kernels.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

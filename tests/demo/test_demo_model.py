@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quantkit import demo
-from quantkit.demo import corpus, train
+from quantkit.demo import corpus, heldout, train, untrained
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def model() -> Any:
 @pytest.fixture(scope="module")
 def heldout_ids(tokenizer: Any) -> torch.Tensor:
     text = demo.heldout_text_path().read_text(encoding="utf-8")
-    return torch.tensor(train.encode(tokenizer, text))
+    return torch.tensor(untrained.encode(tokenizer, text))
 
 
 def test_weights_and_folder_stay_small() -> None:
@@ -64,14 +64,14 @@ def test_tokenizer_is_fast_and_lossless(tokenizer: Any) -> None:
     assert tokenizer.is_fast
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text
-    assert ids == train.encode(tokenizer, text)
+    assert ids == untrained.encode(tokenizer, text)
     assert None not in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    assert len(tokenizer) == train.VOCAB_SIZE
+    assert len(tokenizer) == untrained.VOCAB_SIZE
 
 
 def test_heldout_perplexity(model: Any, heldout_ids: torch.Tensor, record: dict[str, Any]) -> None:
     """The whole of the card's measurement: single files differ too much for a sample to stand for it."""
-    value, count = train.perplexity(model, heldout_ids)
+    value, count = heldout.perplexity(model, heldout_ids)
     assert count == record["heldout"]["scored_tokens"]
     assert value < record["heldout"]["unigram_perplexity"] / 10
     assert value == pytest.approx(record["heldout"]["perplexity"], rel=0.01)
@@ -81,27 +81,27 @@ def test_damage_shows(heldout_ids: torch.Tensor) -> None:
     """Rounding every projection to a few levels per row must cost perplexity, or the model would measure nothing."""
     damaged = AutoModelForCausalLM.from_pretrained(demo.model_path(), dtype=torch.float32).eval()
     sample = heldout_ids[:4096]
-    before, _ = train.perplexity(damaged, sample)
+    before, _ = heldout.perplexity(damaged, sample)
     with torch.no_grad():
         for name, parameter in damaged.named_parameters():
             if name.endswith("proj.weight"):
                 scale = parameter.abs().amax(dim=1, keepdim=True) / 3
                 parameter.copy_((parameter / scale).round() * scale)
-    after, _ = train.perplexity(damaged, sample)
+    after, _ = heldout.perplexity(damaged, sample)
     assert after > 1.1 * before
 
 
 def test_greedy_text_mostly_goes_on_after_real_text(
     model: Any, heldout_ids: torch.Tensor, record: dict[str, Any]
 ) -> None:
-    loops = [train.is_loop(tokens) for tokens in train.greedy_continuations(model, heldout_ids)]
+    loops = [heldout.is_loop(tokens) for tokens in heldout.greedy_continuations(model, heldout_ids)]
     assert len(loops) == record["heldout"]["greedy_contexts"]
     assert sum(loops) <= len(loops) / 2
 
 
 def test_loop_is_recognised() -> None:
-    assert train.is_loop([1, 2, 3] * 16)
-    assert not train.is_loop(list(range(48)))
+    assert heldout.is_loop([1, 2, 3] * 16)
+    assert not heldout.is_loop(list(range(48)))
 
 
 @pytest.mark.parametrize("prompt", ["def main(", "class Path", "    def __init__(self, ", "Return a list of "])
@@ -138,7 +138,7 @@ def test_shipped_text_is_what_the_corpus_gives(record: dict[str, Any]) -> None:
 
 def test_calibration_text_is_large_enough(tokenizer: Any) -> None:
     text = demo.calibration_text_path().read_text(encoding="utf-8")
-    assert len(train.encode(tokenizer, text)) > 32_768
+    assert len(untrained.encode(tokenizer, text)) > 32_768
 
 
 def test_card_gives_the_recorded_figures(record: dict[str, Any]) -> None:

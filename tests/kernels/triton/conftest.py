@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -67,12 +68,21 @@ def interpreted_input_kernels() -> dict[ModuleType, ModuleType]:
 @pytest.fixture
 def interpreted_inputs(
     interpreted_input_kernels: dict[ModuleType, ModuleType], monkeypatch: pytest.MonkeyPatch
-) -> dict[ModuleType, ModuleType]:
+) -> Iterator[dict[ModuleType, ModuleType]]:
     """Launches of what changes and rounds inputs run in the interpreter, on CPU tensors."""
     for launcher, kernels in interpreted_input_kernels.items():
         monkeypatch.setattr(launcher, "_kernels", lambda kernels=kernels: kernels)
     language, interpreter = compat.module("language"), compat.module("runtime.interpreter")
-    # Functions of Triton's own, which were decorated before anyone asked for the interpreter.
+    # Functions of Triton's own, which were decorated before anyone asked for the interpreter. Called in it they leave
+    # its versions in the language, and nothing would compile any more.
+    places = (language, language.core, language.core.tensor, language.core.tensor_descriptor_base, language.math)
+    before = [dict(vars(place)) for place in places]
     for name in ("max", "sum"):
         monkeypatch.setattr(language, name, interpreter.InterpretedFunction(getattr(language, name).fn))
-    return interpreted_input_kernels
+    yield interpreted_input_kernels
+    for place, names in zip(places, before, strict=True):
+        for name in vars(place).keys() - names.keys():
+            delattr(place, name)
+        for name, value in names.items():
+            if vars(place)[name] is not value:
+                setattr(place, name, value)

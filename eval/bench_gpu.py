@@ -1,4 +1,4 @@
-"""Every figure that needs a GPU, by one command in less than 8 minutes:
+"""Figures that need a GPU, by one command. It has not run on one yet, so how long it takes is not known:
 
     python -m quantkit.eval.bench_gpu --output eval/results/gpu
 
@@ -9,6 +9,8 @@ writes ``gpu.json`` (after every part, so that what was measured is kept) and ``
     linears     layers of Llama-3-8B, Llama-3-70B and Qwen3-0.6B against the dense product in the same run, inside CUDA
                 graphs, each call with weights that are not in the cache; percent: packed bytes per time, of bandwidth
     models      Llama-3-8B with random weights: decoding and a prompt, against bfloat16
+
+Kernels of activations are timed as parts of linears and models only.
 """
 
 from __future__ import annotations

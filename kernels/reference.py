@@ -24,6 +24,7 @@ from quantkit.formats.layer import LayerInputs
 from quantkit.formats.packing import unpack_rows, unpack_zero_points
 from quantkit.formats.quantized import NF4_LEVELS
 from quantkit.kernels import online
+from quantkit.kernels.grid_gradient import gradients
 from quantkit.recipe import PER_CHANNEL, ActivationScheme
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class _Clipped(torch.autograd.Function):
-    """``fake_quantize`` to grids whose ends have gradients; computed once more on the way back instead of kept."""
+    """``fake_quantize`` to grids whose ends have gradients; on the way back its steps are computed once more."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, clip: Tensor, scheme: ActivationScheme) -> Tensor:
@@ -236,15 +237,12 @@ class _Clipped(torch.autograd.Function):
         return _to_own_grids(x.detach(), scheme, clip.detach())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[:2]
-        x, clip = (t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, wanted, strict=True))
-        with torch.enable_grad():
-            rounded = _to_own_grids(x, ctx.scheme, clip)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (grad,) = grads
-        wrt: list[Tensor] = [t for t in (x, clip) if t.requires_grad]
-        found = iter(torch.autograd.grad(rounded, wrt, grad))
-        return *(next(found) if need else None for need in wanted), None
+        x, clip = ctx.saved_tensors
+        found = gradients(x, clip, ctx.scheme, grad)
+        of_x, of_clip = (part if need else None for part, need in zip(found, ctx.needs_input_grad[:2], strict=True))
+        return of_x, of_clip, None
 
 
 class _Product(torch.autograd.Function):

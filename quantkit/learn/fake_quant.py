@@ -25,7 +25,7 @@ from quantkit.kernels import online
 from quantkit.kernels.reference import fake_quantize
 from quantkit.quantizers import rtn
 from quantkit.quantizers.grid import by_rows, group_views
-from quantkit.recipe import PER_CHANNEL, ActivationScheme, WeightScheme
+from quantkit.recipe import ActivationScheme, WeightScheme
 
 LARGEST_START = torch.tensor(4.0).sigmoid().item()
 """Of a factor, the authors' start. Nearer to 1 the sigmoid hardly has a gradient."""
@@ -41,12 +41,11 @@ def round_weight(weight: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype,
         scale_dtype: of stored scales.
         ends: [2, rows, groups] from ``reach`` or ``Clip.ends``: the weights are limited to them first; None: ``reach``.
     """
+    rounded: Tensor
     if ends is None:
-        ends = reach(weight, scheme)
+        rounded = _Rounded.apply(weight, reach(weight, scheme), scheme, scale_dtype, False)
     else:
-        low, high = (per_column(end, weight.shape[1], scheme.group_size) for end in ends)
-        weight = weight.clamp(low, high)
-    rounded: Tensor = _Rounded.apply(weight, ends, scheme, scale_dtype)
+        rounded = _Rounded.apply(weight, ends, scheme, scale_dtype, True)
     return rounded
 
 
@@ -63,12 +62,6 @@ def reach(weight: Tensor, scheme: WeightScheme) -> Tensor:
     below, above = _level_ends(scheme)
     scale = torch.maximum(low / below, high / above)
     return torch.stack((scale * below, scale * above))
-
-
-def per_column(values: Tensor, columns: int, group_size: int) -> Tensor:
-    """``values`` [rows, groups] as [rows, columns]."""
-    width = columns if group_size == PER_CHANNEL else group_size
-    return values.repeat_interleave(width, dim=1)[:, :columns]
 
 
 class Clip(nn.Module):
@@ -186,30 +179,56 @@ class InputRounding:
 
 
 class _Rounded(torch.autograd.Function):
-    """``rtn.quantize`` and back, of weights inside ``ends``."""
+    """Weights limited to ``ends``, then as ``rtn.quantize`` and back leaves them.
+
+    ``limited`` False: ``ends`` are as far as the weights reach.
+    """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, ends: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, ends: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype, limited: bool
+    ) -> Tensor:
         weight = weight.detach()  # threads know nothing of the mode without gradients in here
-        quantised = rtn.quantize(weight, scheme, scale_dtype, _PLAIN)
-        rounded = quantised.dequantize()
-        ctx.scheme = scheme
-        ctx.save_for_backward(rounded - weight, quantised.scale.float(), ends)
+        kept = _inside(weight, ends, scheme) if limited else weight
+        rounded, scale = rtn.round_values(kept, scheme, scale_dtype, _PLAIN)
+        ctx.scheme, ctx.limited = scheme, limited
+        ctx.save_for_backward(weight, rounded, ends, scale)
         return rounded
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         (grad,) = grads
-        error, scale, ends = ctx.saved_tensors
-        parts = group_views(grad * error, ctx.scheme.group_size)
-        of_scale = torch.cat([part.sum(-1) for part in parts], dim=1) / scale  # error / scale = q - w / s
-        if not ctx.scheme.is_symmetric:
+        weight, rounded, ends, scale = ctx.saved_tensors
+        kept = _inside(weight, ends, ctx.scheme) if ctx.limited else weight
+        of_scale = _sums((rounded - kept).mul_(grad), ctx.scheme) / scale  # error / scale = q - w / s
+        if ctx.scheme.is_symmetric:
+            below, above = _level_ends(ctx.scheme)
+            upper = ends[1] / above >= ends[0] / below
+            of_ends = torch.stack(((of_scale / below).where(~upper, 0.0), (of_scale / above).where(upper, 0.0)))
+        else:
             of_end = of_scale / 2**ctx.scheme.bits
-            return grad, torch.stack((-of_end, of_end)), None, None
-        below, above = _level_ends(ctx.scheme)
-        upper = ends[1] / above >= ends[0] / below
-        of_ends = torch.stack(((of_scale / below).where(~upper, 0.0), (of_scale / above).where(upper, 0.0)))
-        return grad, of_ends, None, None
+            of_ends = torch.stack((-of_end, of_end))
+        if ctx.limited:  # what is cut off moves with its limit
+            above, below = weight > kept, weight < kept
+            of_ends += torch.stack((_sums(grad * below, ctx.scheme), _sums(grad * above, ctx.scheme)))
+            grad = grad * ~above.logical_or_(below)
+        return grad, of_ends, None, None, None
+
+
+def _inside(weight: Tensor, ends: Tensor, scheme: WeightScheme) -> Tensor:
+    """``weight`` with every group limited to its ``ends`` [2, rows, groups]."""
+    kept, first = torch.empty_like(weight), 0
+    parts = (group_views(matrix, scheme.group_size) for matrix in (weight, kept))
+    for part, out in zip(*parts, strict=True):
+        low, high = ends[:, :, first : first + part.shape[1], None]
+        torch.clamp(part, low, high, out=out)
+        first += part.shape[1]
+    return kept
+
+
+def _sums(values: Tensor, scheme: WeightScheme) -> Tensor:
+    """Of every group of ``values`` [rows, columns]: [rows, groups]."""
+    return torch.cat([part.sum(-1) for part in group_views(values, scheme.group_size)], dim=1)
 
 
 def _level_ends(scheme: WeightScheme) -> tuple[float, float]:

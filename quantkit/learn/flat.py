@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -42,6 +42,9 @@ _SHARES = tuple(1 - step / 20 for step in range(11))
 
 _MOST_ROWS = 4096
 """Inputs that such a share is judged by; of the experts of a block together."""
+
+_KEPT = 1 << 24
+"""Weights of a block up to which what changes them is kept for the way back: 0.3 GB."""
 
 Kind = Literal["weights", "inputs", "cache"]
 
@@ -215,11 +218,12 @@ class FlatBlock:
             tensors, undoings = self._folded()
             for cache in self._caches:
                 cache.use()
+            large = sum(tensors[f"{name}.weight"].numel() for name in undoings) > _KEPT
             for name, undo in undoings.items():
-                # Its steps are computed once more on the way back: what they leave is many times the weight.
-                tensors[f"{name}.weight"] = checkpoint(
-                    self._met, name, tensors[f"{name}.weight"], undo, use_reentrant=False, preserve_rng_state=False
-                )
+                met, weight = partial(self._met, name, undo=undo), tensors[f"{name}.weight"]
+                if large:  # computed once more on the way back: what the steps leave is many times the weight
+                    met = partial(checkpoint, met, use_reentrant=False, preserve_rng_state=False)
+                tensors[f"{name}.weight"] = met(weight)
         return {name: tensor for name, tensor in tensors.items() if tensor is not self._base[name]}
 
     def _met(self, name: str, weight: Tensor, undo: LayerInputs) -> Tensor:

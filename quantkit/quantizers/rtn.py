@@ -53,6 +53,28 @@ def quantize(weight: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype, con
     return round_groups(weight, scheme, scale_dtype, lambda part: find_range(part, scheme, scale_dtype, config))
 
 
+def round_values(
+    weight: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype, config: Config
+) -> tuple[Tensor, Tensor]:
+    """What ``quantize(...).dequantize()`` gives, bit for bit, without codes in between: float32 as ``weight``, and the
+    scales, as they are stored, float32 [rows, groups]."""
+    rounded = torch.empty_like(weight)
+    scale = torch.empty(len(weight), group_count(weight.shape[1], scheme.group_size))
+
+    def round_rows(chunk: slice) -> None:
+        views = (group_views(matrix[chunk], scheme.group_size) for matrix in (weight, rounded))
+        first = 0
+        for part, out in zip(*views, strict=True):
+            step, zero = find_range(part, scheme, scale_dtype, config)
+            codes = nearest_codes(torch.div(part, step, out=out), zero, scheme)
+            torch.mul(level_values(codes, zero, scheme), step, out=out)
+            scale[chunk, first : first + part.shape[1]] = step.squeeze(-1)
+            first += part.shape[1]
+
+    by_rows(round_rows, *weight.shape)
+    return rounded, scale
+
+
 def round_groups(
     weight: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype, choose: Callable[[Tensor], tuple[Tensor, Tensor]]
 ) -> QuantizedWeight:

@@ -14,6 +14,7 @@ pytest.importorskip("lm_eval", reason="tasks are lm-eval's: pip install 'quantki
 
 import quantkit
 from quantkit.errors import QuantkitError, RecipeError
+from quantkit.eval.bench_blimp import dequantised
 from quantkit.eval.tasks import Tasks, load_tasks
 from quantkit.eval.zero_shot import ZeroShot, check_output_path, language_model, zero_shot
 from quantkit.layers.quant_linear import QuantLinear
@@ -120,11 +121,10 @@ def test_equals_the_float_model_with_the_same_weights(
     from transformers import AutoModelForCausalLM
 
     model, tokenizer = quantised
-    plain = AutoModelForCausalLM.from_pretrained(source("llama"))
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, QuantLinear):
-                plain.get_submodule(name).weight.copy_(module.dequantize())
+    plain = dequantised(model)
+    original = AutoModelForCausalLM.from_pretrained(source("llama"))
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert not torch.equal(plain.get_parameter(name), original.get_parameter(name))
     got = zero_shot(model, tokenizer, tasks("choose"), name="tiny", batch_size=3)
     want = plainly(plain, tokenizer, tasks("choose"))
     assert got.results["results"] == want["results"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantkit.cli.console import Progress, say, table
-from quantkit.cli.loaded import Dtype, TrustOption
+from quantkit.cli.loaded import Dtype, FirstDeviceOption, TrustOption
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True, help="Measure on this machine: kernels, whole models, caches.", rich_markup_mode="markdown"
 )
+
+BatchOption = Annotated[int, typer.Option(min=1, help="sequences at a time")]
+FileOption = Annotated[Path | None, typer.Option("--json", help="file for the figures, versions and machine")]
 
 KERNELS = """Examples:
 
@@ -33,7 +36,6 @@ quantkit bench decode out --tokens 32 --prefill 512 --json decode.json
 
 quantkit bench decode meta-llama/Llama-3.1-8B --schemes W4A16G128,W8A8 --device cuda
 """
-
 
 KV = """Examples:
 
@@ -53,25 +55,21 @@ def kernels(
         str, typer.Option(help="as in `quantkit quantize`; +kronecker, +hadamard behind one: the input is multiplied")
     ] = "W4A16G128,W8A16,W8A8",
     dtype: Annotated[Dtype, typer.Option(help="of x, scales and the dense weight; auto: bfloat16")] = Dtype.auto,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...; auto: the first GPU, else cpu")] = "auto",
+    device: FirstDeviceOption = "auto",
     rounds: Annotated[int, typer.Option(min=3, help="timed calls of each")] = 30,
     cache_mb: Annotated[
         int, typer.Option(min=0, help="last cache of the device: weights are rotated past it; 0: one copy of each")
     ] = 64,
-    out: Annotated[Path | None, typer.Option("--json", help="file for the figures, versions and machine")] = None,
+    out: FileOption = None,
 ) -> None:
     """Every implementation that takes a layer against the dense product, interleaved in one run, random weights.
 
     Prints medians of one call and how many times as fast as the dense product it is; `*` is what a model would use.
     """
-    import torch
-
-    from quantkit.cli.loaded import one_device
     from quantkit.eval import bench_kernels as bench
 
     wanted, formats, counts = bench.parse_shapes(shapes), bench.parse_schemes(schemes), bench.parse_rows(rows)
-    where = torch.device(one_device(device))
-    numbers = torch.bfloat16 if dtype is Dtype.auto else getattr(torch, dtype.value)
+    where, numbers = _where_and_in(device, dtype)
     lines: list[bench.Row] = []
     with Progress() as progress:
         total = len(wanted) * len(formats) * len(counts)
@@ -112,29 +110,25 @@ def decode(
         str, typer.Option(help="what the blocks become, as for kernels; a quantised folder is what it is")
     ] = "W4A16G128",
     dtype: Annotated[Dtype, typer.Option(help="of activations, scales and dense weights; auto: bfloat16")] = Dtype.auto,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...; auto: the first GPU, else cpu")] = "auto",
+    device: FirstDeviceOption = "auto",
     prompt: Annotated[int, typer.Option(min=2, help="tokens before the first that is timed")] = 16,
     tokens: Annotated[int, typer.Option(min=1, help="tokens that are decoded in a round")] = 16,
     prefill: Annotated[int, typer.Option(min=0, help="time a prompt of so many tokens as well")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="sequences at a time")] = 1,
+    batch: BatchOption = 1,
     rounds: Annotated[int, typer.Option(min=3, help="timed rounds of each")] = 10,
     trust_remote_code: TrustOption = False,
-    out: Annotated[Path | None, typer.Option("--json", help="file for the figures, versions and machine")] = None,
+    out: FileOption = None,
 ) -> None:
     """A whole model, dense and quantised, in turns in one run: speed of decoding and of a prompt, and memory.
 
     Weights are random, those of a quantised folder aside: the time does not depend on them.
     """
-    import torch
-
     from quantkit.cli.console import quiet_libraries, size
-    from quantkit.cli.loaded import one_device
     from quantkit.eval import bench_decode as bench
     from quantkit.eval.bench_kernels import parse_schemes
 
     quiet_libraries()
-    where, formats = torch.device(one_device(device)), parse_schemes(schemes)
-    numbers = torch.bfloat16 if dtype is Dtype.auto else getattr(torch, dtype.value)
+    (where, numbers), formats = _where_and_in(device, dtype), parse_schemes(schemes)
     lines = bench.bench(
         model, formats, numbers, where, prompt=prompt, tokens=tokens, prefill=prefill, batch=batch, rounds=rounds,
         trust_remote_code=trust_remote_code,
@@ -163,31 +157,27 @@ def kv(
         str, typer.Option("--kv", metavar="NAMES", help="caches of `quantkit methods`, with commas between")
     ] = "int8,kivi-2bit,nsnquant-2bit",
     context: Annotated[str, typer.Option(help="tokens in the cache, with commas between")] = "4096",
-    batch: Annotated[int, typer.Option(min=1, help="sequences at a time")] = 1,
+    batch: BatchOption = 1,
     attention: Annotated[
         str, typer.Option(help="packed: the cache is read block by block; dense: all of it for each token")
     ] = "packed,dense",
     dtype: Annotated[Dtype, typer.Option(help="of what comes in, and of full precision; auto: bfloat16")] = Dtype.auto,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...; auto: the first GPU, else cpu")] = "auto",
+    device: FirstDeviceOption = "auto",
     rounds: Annotated[int, typer.Option(min=0, help="timed calls of each, at least 3; 0: bytes alone")] = 5,
     trust_remote_code: TrustOption = False,
-    out: Annotated[Path | None, typer.Option("--json", help="file for the figures, versions and machine")] = None,
+    out: FileOption = None,
 ) -> None:
     """What the keys and values of one layer take, and cost, against full precision, in turns in one run.
 
     Prints measured bytes of a layer, how many times smaller that is, and medians: of a decoding step of all sequences
     (one token comes in, attention reads all), and of taking in one token of a prompt. No model is run.
     """
-    import torch
-
     from quantkit.cli.console import quiet_libraries, size
-    from quantkit.cli.loaded import one_device
     from quantkit.eval import bench_kv as bench
 
     quiet_libraries()
     wanted, contexts, ways = bench.parse_names(names), bench.parse_contexts(context), bench.parse_attentions(attention)
-    where = torch.device(one_device(device))
-    numbers = torch.bfloat16 if dtype is Dtype.auto else getattr(torch, dtype.value)
+    where, numbers = _where_and_in(device, dtype)
     lines: list[bench.Row] = []
     with Progress() as progress:
         for done, (model, tokens) in enumerate(((m, c) for m in models for c in contexts), start=1):
@@ -211,6 +201,19 @@ def kv(
     table(header, shown, right=tuple(name for name in header if name not in ("model", "cache", "attention")))
     if out is not None:
         _write(out, where, numbers, bench.report(lines))
+
+
+def _where_and_in(device: str, dtype: Dtype) -> tuple[torch.device, torch.dtype]:
+    """What the options stand for.
+
+    Raises:
+        RecipeError: no such device.
+    """
+    import torch
+
+    from quantkit.cli.loaded import one_device
+
+    return torch.device(one_device(device)), torch.bfloat16 if dtype is Dtype.auto else getattr(torch, dtype.value)
 
 
 def _write(out: Path, device: torch.device, dtype: torch.dtype, rows: list[dict[str, Any]]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantkit.cli.console import Progress, say, table
-from quantkit.cli.loaded import DeviceOption, Dtype, DtypeOption, JsonOption, TrustOption, one_device
+from quantkit.cli.loaded import Dtype, DtypeOption, FirstDeviceOption, JsonOption, TrustOption, one_device
 from quantkit.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -70,14 +70,15 @@ def compare(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="forget what FOLDER holds and begin again")] = False,
     dtype: DtypeOption = Dtype.float32,
-    device: DeviceOption = "auto",
+    device: FirstDeviceOption = "auto",
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Quantise MODEL by every method at every scheme, measure each beside MODEL itself, print one table.
 
     The results are in FOLDER as table.md, table.csv, results.json and pareto.svg. The same command again goes on with
-    what is missing, and tries again what failed.
+    what is missing, and tries again what failed. Calibration text is read (or, if generated, written) once for all
+    checkpoints.
     """
     from quantkit.cli.eval_measure import check_request, task_names
     from quantkit.eval.cells import Measurement, Questions, read_tasks

@@ -27,6 +27,7 @@ ModelArgument = Annotated[
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="dtype to compute in; auto: as stored")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...; auto: all GPUs, else cpu")]
+FirstDeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...; auto: the first GPU, else cpu")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model")]
 KVOption = Annotated[
     str | None,

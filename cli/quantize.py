@@ -11,6 +11,7 @@ from quantkit.cli.console import Progress, print_json, size, table
 from quantkit.errors import RecipeError
 
 if TYPE_CHECKING:
+    from quantkit.pipeline import Result
     from quantkit.plan import Plan
 
 EXAMPLES = """Examples:
@@ -20,6 +21,8 @@ quantkit quantize demo --method sinq --scheme W4A16G64 -o out
 quantkit quantize meta-llama/Llama-3.1-8B --scheme W4A16G128 -o llama-w4 --dry-run
 
 quantkit quantize ./my-model --method sinq+gptq --scheme W3A16G128 --calibration texts/ --nsamples 128 -o out
+
+quantkit quantize ./my-model --method gptq --kv nsnquant-2bit -o out --report out/report.html
 
 quantkit quantize ./my-model --recipe recipe.yaml -o out --resume
 """
@@ -36,6 +39,15 @@ def quantize(
         typer.Option(
             help="for example W4A16G64, W8A8, W3ZA16G128, WNF4A16G64; behind the activation bits Z: zero point, "
             "T: per tensor, TS: per tensor and static (W6A6ZTS)  [default: W4A16G64]"
+        ),
+    ] = None,
+    kv: Annotated[
+        str | None,
+        typer.Option(
+            "--kv",
+            metavar="NAME",
+            help="how the checkpoint has keys and values kept: nsnquant-2bit, kivi-2bit, int8 ... "
+            "(`quantkit methods` has them all); loading it goes by that  [default: as KV<bits> of the scheme says]",
         ),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML or JSON recipe; the other flags override it")] = None,
@@ -76,6 +88,10 @@ def quantize(
     resume: Annotated[
         bool, typer.Option("--resume", help="go on after the blocks that a stopped run finished")
     ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="write the page of `quantkit report` about the run there"),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the recipe and the plan, write nothing")] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run code that comes with the model")
@@ -96,9 +112,16 @@ def quantize(
     }
     expanded = expand(
         recipe, method=method, scheme=scheme, ignore=tuple(ignore) if ignore else None, format=format, dtype=dtype,
-        seed=seed, allow_nonfinite=allow_nonfinite or None,
+        seed=seed, kv=kv, allow_nonfinite=allow_nonfinite or None,
         calibration={key: value for key, value in samples.items() if value is not None} or None,
     )  # fmt: skip
+    if kv is not None and expanded.scheme.kv is not None:  # of --kv none the recipe keeps nothing that could clash
+        raise RecipeError(
+            f"--kv {kv} with scheme {expanded.scheme.name}, which says how keys and values are kept, too; leave "
+            f"KV{expanded.scheme.kv.bits} out of the scheme, or --kv."
+        )
+    if report is not None:
+        _check_report(report, output, dry_run)
     if dry_run:
         from quantkit.pipeline import prepare
 
@@ -110,8 +133,6 @@ def quantize(
         return
     if output is None:
         raise RecipeError("no output folder given; add -o OUT (or --dry-run to see the plan only).")
-    from quantkit.formats.summary import summarise
-    from quantkit.formats.writer import RUN_RECORD, read_record
     from quantkit.pipeline import quantize as run
 
     with Progress(quiet=as_json) as progress:
@@ -121,7 +142,38 @@ def quantize(
         )  # fmt: skip
     if as_json:
         print_json(vars(result) | {"output": str(result.output)})
-        return
+    else:
+        _print_result(result)
+    if report is not None:
+        from quantkit.cli.report import write_run
+        from quantkit.eval.report.record import load_record
+
+        write_run(report, result.output, load_record(result.output))
+        if not as_json:
+            print(f"the report is {report}")
+
+
+def _check_report(report: Path, output: Path | None, dry_run: bool) -> None:
+    """Before the run: it may take hours.
+
+    Raises:
+        RecipeError: there will be no run, or no such folder.
+        QuantkitError: a library is missing that reports are made with.
+    """
+    from quantkit.eval.report.drawing import check_libraries
+
+    if dry_run:
+        raise RecipeError(f"--report {report} is about a run, and --dry-run makes none; leave one of them out.")
+    page, folder = report.resolve(), output.resolve() if output else None
+    if page.is_dir() or page == folder or not (page.parent.is_dir() or page.parent == folder):
+        raise RecipeError(f"--report {report}: name a file in a folder that is there, or in OUT.")
+    check_libraries()
+
+
+def _print_result(result: Result) -> None:
+    from quantkit.formats.summary import summarise
+    from quantkit.formats.writer import RUN_RECORD, read_record
+
     print(
         f"{result.output}: {result.layers} linears at {result.bits_per_weight:.3f} bits per weight, "
         f"{size(result.source_bytes)} -> {size(result.output_bytes)}, {result.seconds:.1f} s, "

@@ -15,6 +15,8 @@ from quantkit.errors import QuantkitError, RecipeError
 if TYPE_CHECKING:
     from quantkit.eval.activations import Activation
     from quantkit.eval.report.flatness import Looked
+    from quantkit.eval.report.measured import Measured
+    from quantkit.eval.report.record import RunRecord
     from quantkit.recipe import ActivationScheme
 
 EXAMPLES = """Examples:
@@ -67,9 +69,7 @@ def report(
 
     check_libraries()
     from quantkit.eval.report.measured import load_measured
-    from quantkit.eval.report.page import run_page
     from quantkit.eval.report.record import find_record, load_record
-    from quantkit.eval.report.weights import weight_pictures
 
     found = find_record(folder)
     record = load_record(found)
@@ -81,11 +81,10 @@ def report(
     looked = None
     if text or baseline:
         looked = look(str(found), text or "demo", baseline, layers or (), tokens, dtype, device, trust_remote_code)
-    weights = weight_pictures(found, record.layers[:HISTOGRAMS]) if record.end else []
     # Not into the folder of an unfinished run: it would stay in there when the run goes on and is finished.
     default = found / REPORT if record.end else found.with_name(f"{found.name.removesuffix('.partial')}.{REPORT}")
     path = output or default
-    write_page(path, run_page(record, measured=measured, weights=weights, looked=looked))
+    write_run(path, found, record, measured, looked)
     print(path if record.end else f"{path}: the run is unfinished, {len(record.blocks)} blocks are done")
 
 
@@ -144,6 +143,21 @@ def look(
             raise RecipeError(f"--baseline {baseline} has none of the linears of {model}: it is another model.")
     seen = max(one.tokens for one in after.values())
     return Looked(after, before, f"{seen} tokens of '{read.name}'")
+
+
+def write_run(
+    path: Path, found: Path, record: RunRecord, measured: Measured | None = None, looked: Looked | None = None
+) -> None:
+    """The page of the run whose ``record`` is in the folder ``found``.
+
+    Raises:
+        QuantkitError: it cannot be written there, or the checkpoint is not the one of the record.
+    """
+    from quantkit.eval.report.page import run_page
+    from quantkit.eval.report.weights import weight_pictures
+
+    weights = weight_pictures(found, record.layers[:HISTOGRAMS]) if record.end else []
+    write_page(path, run_page(record, measured=measured, weights=weights, looked=looked))
 
 
 def write_page(path: Path, page: str) -> None:

@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import quantkit
 from quantkit.blockwise import BlockQuantizer, QuantisedBlock
@@ -107,6 +108,7 @@ def quantize(
     overwrite: bool = False,
     resume: bool = False,
     block_parallel: int | None = None,
+    shared: str | Path | None = None,
     trust_remote_code: bool = False,
     on_progress: OnProgress | None = None,
     **flags: Any,
@@ -123,6 +125,8 @@ def quantize(
         block_parallel: solve the transforms of so many blocks at once, each in a process with one thread; only for
             transforms that look at the float model alone. None: one after the other, here. The result does not depend
             on the number.
+        shared: folder where runs of one sweep leave calibration samples for each other; None: each makes its own, and
+            the result is the same.
         flags: any other field of ``Recipe``: ``ignore``, ``format``, ``dtype``, ``seed``, ``allow_nonfinite``.
 
     Raises:
@@ -145,6 +149,7 @@ def quantize(
     try:
         run = _Run(plan, skeleton, checkpoint, writer, on_progress or (lambda stage, done, total: None))
         run.block_parallel = block_parallel
+        run.shared = None if shared is None else Path(shared)
         result = run.all(started)
     except (ResumableError, KeyboardInterrupt) as stop:
         if not writer.done:
@@ -171,6 +176,7 @@ class _Run:
         self.writer = writer
         self.on_progress = on_progress
         self.block_parallel: int | None = None
+        self.shared: Path | None = None
         self.formats: dict[str, LayerFormat] = {}
         self.warnings: list[str] = []
         self.noted: set[str] = set()
@@ -234,7 +240,7 @@ class _Run:
         if not file.exists():
             from quantkit.calibrate.rotation import learn_residual
 
-            learned = learn_residual(self.plan, self.skeleton, self.checkpoint)
+            learned = learn_residual(self.plan, self.skeleton, self.checkpoint, self._windows)
             unfinished = file.with_name("rotation-unfinished.tmp")
             save_file({"matrix": learned.matrix}, unfinished)
             unfinished.replace(file)
@@ -249,7 +255,14 @@ class _Run:
             return nullcontext()
         from quantkit.calibrate.session import Session  # only here: tokenizers take a while to import
 
-        return Session(self.plan, self.skeleton, self.checkpoint, self._warn)
+        return Session(self.plan, self.skeleton, self.checkpoint, self._warn, windows=self._windows)
+
+    @cached_property
+    def _windows(self) -> Tensor:
+        """The calibration samples: the same for all that is learned in the run."""
+        from quantkit.calibrate.session import read_windows
+
+        return read_windows(self.plan, self.skeleton, self.shared)
 
     def _ahead(self, session: Session | None) -> AbstractContextManager[Ahead | None]:
         """The workers that solve blocks ahead, if the run has them."""

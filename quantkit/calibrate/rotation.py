@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from quantkit.calibrate.session import Session
 from quantkit.calibrate.statistics import Want
@@ -15,10 +16,13 @@ _VALUES = 2**25
 """Of all samples together, float32: 128 MiB."""
 
 
-def learn_residual(plan: Plan, skeleton: Skeleton, checkpoint: RotatedCheckpoint) -> Learned:
+def learn_residual(plan: Plan, skeleton: Skeleton, checkpoint: RotatedCheckpoint, windows: Tensor) -> Learned:
     """What to turn ``checkpoint`` further by, learned in one pass of the calibration samples through its blocks.
 
     One block is in memory at a time, and a sample of the rows that enter the readers of each norm.
+
+    Args:
+        windows: the samples, [samples, tokens] int64.
     """
     activations = plan.recipe.scheme.activations
     assert activations is not None
@@ -29,7 +33,7 @@ def learn_residual(plan: Plan, skeleton: Skeleton, checkpoint: RotatedCheckpoint
     def warn(text: str) -> None:
         """The run says the same again."""
 
-    with Session(plan, skeleton, checkpoint, warn, names=("quantised",)) as session:
+    with Session(plan, skeleton, checkpoint, warn, names=("quantised",), windows=windows) as session:
         for index in range(skeleton.num_blocks):
             tensors = skeleton.read_block(index, checkpoint).tensors
             module = skeleton.build_block(index, tensors, torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from quantkit.calibrate.data import token_windows
 from quantkit.calibrate.hidden import HiddenStates
 from quantkit.calibrate.observe import BlockStatistics, observe
 from quantkit.calibrate.replay import Call, Replay, owner_of
+from quantkit.calibrate.shared import shared_windows
 from quantkit.calibrate.statistics import Want
 from quantkit.calibrate.streams import StreamName, Streams
 from quantkit.errors import QuantkitError
@@ -32,7 +34,7 @@ class Session:
     Use as a context manager: it removes what was put on disk.
 
     Raises:
-        QuantkitError: the model has no tokenizer, or the text cannot be used (``token_windows``).
+        QuantkitError: as ``read_windows``.
     """
 
     def __init__(
@@ -48,18 +50,13 @@ class Session:
         """
         Args:
             names: the streams to carry; None: those that the plan needs.
-            windows: [samples, tokens] of another session of the same plan; None: read from the calibration text.
+            windows: [samples, tokens] of ``read_windows``; None: read now.
         """
         assert plan.calibration is not None
         self._settings = plan.calibration
         self._experts = skeleton.expert_names
         if windows is None:
-            windows = token_windows(
-                self._settings,
-                _tokenizer(plan, skeleton),
-                vocab_size=skeleton.config.vocab_size,
-                load_model=lambda: _float_model(plan, skeleton),
-            )
+            windows = read_windows(plan, skeleton)
         self.windows = windows
         """Token ids of the samples, [samples, tokens]."""
         names = plan.streams if names is None else names
@@ -196,6 +193,29 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.streams.close()
+
+
+def read_windows(plan: Plan, skeleton: Skeleton, shared: Path | None = None) -> Tensor:
+    """The calibration samples of ``plan``, [samples, tokens] int64.
+
+    Args:
+        shared: folder for samples of several runs of the same sweep (``shared_windows``); None: made for this one.
+
+    Raises:
+        QuantkitError: the model has no tokenizer, or the text cannot be used (``token_windows``).
+    """
+    settings = plan.calibration
+    assert settings is not None
+
+    def make() -> Tensor:
+        return token_windows(
+            settings,
+            _tokenizer(plan, skeleton),
+            vocab_size=skeleton.config.vocab_size,
+            load_model=lambda: _float_model(plan, skeleton),
+        )
+
+    return make() if shared is None else shared_windows(shared, plan.source, settings, make)
 
 
 def _share(max_bytes: int | None, streams: int) -> int | None:

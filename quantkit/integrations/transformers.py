@@ -4,7 +4,8 @@
 ``QuantkitConfig`` keeps the ``quantization_config`` block as it is in config.json and gives it back unchanged when the
 model is saved. ``QuantkitHfQuantizer`` replaces the linears (and, where needed, the merged experts) of the empty model
 by layers that hold packed tensors under their checkpoint names; transformers then fills them by name. Where the block
-says so, attention keeps its keys and values quantised (``kv/attach.py``). Importing this module registers both;
+says so, attention keeps its keys and values quantised (``kv/attach.py``) and, on a CPU, reads them so while it
+generates (``kv/attention_function.py``). Importing this module registers both;
 ``hook.py`` does so when it is needed.
 """
 
@@ -29,7 +30,9 @@ from quantkit.formats.config import NATIVE_METHOD, read_config, read_kv
 from quantkit.formats.layer import LayerFormat
 from quantkit.formats.matching import LayerFormats
 from quantkit.kernels.dispatch import prepare_all
-from quantkit.kv.attach import quantise_kv
+from quantkit.kv.attach import attentions, quantise_kv
+from quantkit.kv.attention_function import choose_attention
+from quantkit.layers.fusing import fuse_inputs
 from quantkit.layers.quant_experts import ExpertNames, QuantExperts
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.layers.sharing import share_inputs
@@ -91,7 +94,10 @@ class QuantkitHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         share_inputs(model)
+        fuse_inputs(model)
         prepare_all(model)
+        if self.quantization_config.kv is not None:
+            choose_attention(model, attentions(model), None)  # now: it depends on where the weights are
         return model
 
     def update_weight_conversions(

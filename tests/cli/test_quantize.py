@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from run_records import Page
 from typer.testing import CliRunner
 
 from quantkit.cli.main import app
@@ -78,6 +79,53 @@ def test_inspect_of_a_float_model_says_what_to_do(tiny):
     result = CliRunner().invoke(app, ["inspect", str(Path(tiny("llama")))])
     assert result.exit_code == 1
     assert "not quantised" in result.stderr
+
+
+def test_the_checkpoint_carries_the_cache_that_was_asked_for(tiny, tmp_path):
+    flags = ("quantize", tiny("llama"), "--method", "rtn", "--scheme", "W4A16G32")
+    run(*flags, "--kv", "nsnquant-2bit", "-o", tmp_path / "out")
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["kv_cache"]
+    assert (stored["method"], stored["bits"]) == ("nsnquant", 2)
+    assert json.loads(run(*flags, "--kv", "kivi-2bit", "--dry-run", "--json"))["kv_cache"]["method"] == "kivi"
+
+    recipe = tmp_path / "out" / "quantkit-recipe.yaml"  # a flag overrides what the recipe says
+    for name, method in (("kivi-4bit", "kivi"), ("none", None)):
+        plan = json.loads(run("quantize", tiny("llama"), "--recipe", recipe, "--kv", name, "--dry-run", "--json"))
+        assert (plan["kv_cache"] or {}).get("method") == method
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--kv", "nsnqant-2bit"), "kv is no cache: unknown"),
+        (("--scheme", "W4A16KV4", "--kv", "kivi-2bit"), "leave one of them out"),
+        (("--scheme", "W4A16KV4", "--kv", "none"), "leave KV4 out of the scheme, or --kv."),
+        (("--report", "no/such/page.html"), "name a file in a folder that is there, or in OUT"),
+        (("--report", "OUT"), "name a file in a folder that is there, or in OUT"),
+        (("--report", "page.html", "--dry-run"), "is about a run, and --dry-run makes none"),
+    ],
+)
+def test_refusals_come_before_the_run(tiny, tmp_path, flags, message):
+    flags = [flag.replace("OUT", str(tmp_path / "out")) for flag in flags]
+    done = CliRunner().invoke(app, ["quantize", str(tiny("llama")), "-o", str(tmp_path / "out"), *flags])
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_report_of_the_run_is_written_with_it(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("quantkit.cli.report.HISTOGRAMS", 0)  # drawing takes longer than all else here
+    flags = ("quantize", tiny("llama"), "--method", "rtn", "--scheme", "W4A16G32")
+    inside = tmp_path / "a" / "report.html"
+    assert run(*flags, "-o", tmp_path / "a", "--report", inside).endswith(f"the report is {inside}\n")
+    page = inside.read_text()
+    inside.unlink()
+    run("report", tmp_path / "a")
+    assert inside.read_text() == page
+    assert "model.layers.1.mlp.down_proj" in Page(page).column("layer")
+    printed = run(*flags, "-o", tmp_path / "b", "--report", tmp_path / "b.html", "--json")
+    assert json.loads(printed)["output"] == str(tmp_path / "b")
+    assert (tmp_path / "b.html").exists()
 
 
 def test_the_column_of_the_calibration_text_is_chosen(source, tmp_path):

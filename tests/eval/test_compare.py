@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from quantkit import pipeline
+from quantkit.calibrate import session
 from quantkit.errors import RecipeError
 from quantkit.eval import compare_table
 from quantkit.eval.cells import AS_IT_CAME, Bench, Cell, Measurement, read_cells
@@ -259,3 +260,19 @@ def test_markdown_csv_and_json_hold_the_same_numbers(wanted, tmp_path):
         if record["bits_per_weight"]:
             assert float(shown["bits per weight"]) == pytest.approx(float(line["bits_per_weight"]), abs=0.0051)
             assert float(line["bits_per_weight"]) == record["bits_per_weight"]
+
+
+def test_calibration_text_is_read_once_for_all_cells(wanted, tmp_path, monkeypatch):
+    made: list[int] = []
+    whole = session.token_windows
+
+    def token_windows(*args: Any, **options: Any) -> torch.Tensor:
+        made.append(1)
+        return whole(*args, **options)
+
+    monkeypatch.setattr(session, "token_windows", token_windows)
+    calibration = {"source": "generated", "nsamples": 4, "seqlen": 12}
+    wanted = changed(wanted, methods=("gptq", "awq"), flags={"calibration": calibration})
+    cells = compare(wanted, tmp_path / "out")
+    assert all("error" not in line for line in cells.values())
+    assert len(made) == 1

@@ -15,6 +15,7 @@ import quantkit
 from quantkit.cli.main import app
 from quantkit.errors import RecipeError
 from quantkit.formats.config import read_kv
+from quantkit.kv import attention_function
 from quantkit.kv.attach import kv_format, set_kv
 from quantkit.kv.cache import QuantisedLayer
 
@@ -52,6 +53,45 @@ def test_the_checkpoint_carries_the_cache_and_loading_uses_it(source, tmp_path, 
     assert kinds[-1] == "QuantisedLayer"
     theirs.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["kv_cache"] == kv
+
+
+@pytest.mark.parametrize("kv", [KIVI, ROTATION, "kv4", "nsnquant-2bit"], ids=str)
+def test_a_loaded_model_reads_its_cache_packed(source, tmp_path, monkeypatch, kv):
+    """By ``load`` as by plain transformers, and says what it says with all keys and values read back."""
+    calls: list[int] = []
+    attend = attention_function.attend
+
+    def counted(query: torch.Tensor, layer: QuantisedLayer, *rest: Any) -> torch.Tensor:
+        calls.append(layer.get_seq_length())
+        return attend(query, layer, *rest)
+
+    monkeypatch.setattr(attention_function, "attend", counted)
+    quantkit.quantize(str(source("llama")), output=tmp_path / "out", recipe=recipe_of(kv))
+    # In float64: a code that depends on the last digit of a sum would make two right answers differ.
+    for model in (quantkit.load(tmp_path / "out")[0].double(), load_tiny(tmp_path / "out").double()):
+        found = decode(model)
+        assert calls == [tokens for tokens in range(IDS.shape[1] + 1, IDS.shape[1] + 7) for _ in range(2)]
+        calls.clear()
+        set_kv(model, kv_format(model), "dense")
+        torch.testing.assert_close(found, decode(model), rtol=1e-9, atol=1e-9)
+        assert not calls
+
+
+def decode(model: Any) -> torch.Tensor:
+    """Logits [6, vocabulary] of tokens that are written behind the prompt, with the model's own cache."""
+    settings = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    done = model.generate(IDS, output_logits=True, return_dict_in_generate=True, **settings)
+    return torch.cat(done.logits[1:])
+
+
+def test_a_model_with_another_attention_keeps_it(source, tmp_path):
+    quantkit.quantize(str(source("llama")), output=tmp_path / "out", recipe=recipe_of(KIVI))
+    flex = load_tiny(tmp_path / "out", attn_implementation="flex_attention")
+    assert flex.config._attn_implementation == "flex_attention"
+    eager = load_tiny(tmp_path / "out", attn_implementation="eager")
+    assert eager.config._attn_implementation == attention_function.NAMES["eager"]
+    with torch.inference_mode():
+        torch.testing.assert_close(eager(IDS).logits, load_tiny(tmp_path / "out")(IDS).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_calibration_sees_what_the_model_will_see(source, tmp_path):

@@ -29,6 +29,7 @@ from quantkit.eval.bench_kernels import DENSE, Wanted, random_layer
 from quantkit.eval.decoding import Decoding, GraphDecoding
 from quantkit.eval.harness import Timing, compare
 from quantkit.kernels import dispatch
+from quantkit.layers.fusing import fuse_inputs
 from quantkit.layers.quant_linear import QuantLinear
 from quantkit.layers.sharing import share_inputs
 from quantkit.loading import check_writes_text, load
@@ -219,6 +220,7 @@ def _random(
         if not made:
             raise QuantkitError(f"{type(model).__name__} has no linears in its blocks that could be quantised.")
         share_inputs(model)
+        fuse_inputs(model)
     return model.eval()
 
 

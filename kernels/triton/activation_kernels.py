@@ -182,6 +182,144 @@ def extent_kernel(
 
 
 @jit
+def gated(gate, x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """activation(gate) * x of two tiles of float32; silu: z = gate, gelu: z = sqrt(8 / pi) (gate + 0.044715 gate**3).
+
+    activation(gate) = gate / (1 + exp(-z)), for gelu the approximation with tanh, since 1 + tanh(z / 2) is
+    2 / (1 + exp(-z)). That and the product are rounded to DTYPE, as PyTorch does it.
+    """
+    z = gate
+    if ACTIVATION == "gelu":
+        z = 1.5957691216057308 * (gate + 0.044715 * (gate * gate * gate))
+    return rounded(rounded(gate / (1.0 + tl.exp(-z)), DTYPE, INTERPRETED) * x, DTYPE, INTERPRETED)
+
+
+@jit
+def loaded(
+    x_row,
+    gate_row,
+    column,
+    inside,
+    ACTIVATION: tl.constexpr,
+    EVICTED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """x at ``column`` as float32, 0 where it is not ``inside``; with ``gate_row`` it is activation(gate) * x."""
+    x = tl.load(x_row + column, mask=inside, other=0.0, eviction_policy=EVICTED).to(tl.float32)
+    if gate_row is not None:
+        gate = tl.load(gate_row + column, mask=inside, other=0.0, eviction_policy=EVICTED).to(tl.float32)
+        x = gated(gate, x, ACTIVATION, DTYPE, INTERPRETED)
+    return x
+
+
+@jit
+def write_row(
+    x,  # [BLOCK] float32; 0 beyond columns
+    scale_ptr,
+    shift_ptr,
+    signs_ptr,
+    clip_ptr,
+    given_scale_ptr,
+    given_zero_ptr,
+    codes_row,
+    row_scale_ptr,
+    row_zero_ptr,
+    row,
+    columns,
+    BITS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    OWN: tl.constexpr,
+    PACKED: tl.constexpr,
+    RECIPROCAL: tl.constexpr,
+    EPS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Change, round and write a row that is in hand as a whole; arguments as in ``quantize_kernel``."""
+    SHARE: tl.constexpr = 2 if PACKED else 1
+    column, unit = tl.arange(0, BLOCK), tl.arange(0, BLOCK // SHARE)
+    inside = column < columns
+    broken = 0
+    x = changed(x, column, inside, scale_ptr, shift_ptr, signs_ptr, DTYPE, INTERPRETED)
+    if OWN:
+        low, high, peak = extent(x, (not SYMMETRIC) or clip_ptr is not None)
+        step, zero = grid(low, high, peak, clip_ptr, BITS, SYMMETRIC, RECIPROCAL, EPS, DTYPE, INTERPRETED)
+    else:
+        step, zero = given_grid(given_scale_ptr, given_zero_ptr)
+    codes, value = codes_of(x, step, zero, BITS, SYMMETRIC, DTYPE, INTERPRETED)
+    if not OWN:
+        broken = tl.max(((value != value) & inside).to(tl.int32), axis=0)
+    store_codes(codes_row, unit[None, :], (unit < columns // SHARE)[None, :], codes[None, :], 1, BLOCK, PACKED)
+    store_grid(row_scale_ptr, row_zero_ptr, row, step, zero, broken)
+
+
+@jit
+def quantize_row(
+    x_row,
+    gate_row,  # or None
+    scale_ptr,
+    shift_ptr,
+    signs_ptr,
+    clip_ptr,
+    given_scale_ptr,
+    given_zero_ptr,
+    codes_row,
+    row_scale_ptr,
+    row_zero_ptr,
+    row,
+    columns,
+    ACTIVATION: tl.constexpr,
+    BITS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    OWN: tl.constexpr,
+    PACKED: tl.constexpr,
+    RECIPROCAL: tl.constexpr,
+    EPS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Read, change, round and write a row; arguments as in ``quantize_kernel`` and ``loaded``."""
+    SPREAD: tl.constexpr = (not SYMMETRIC) or clip_ptr is not None
+    SHARE: tl.constexpr = 2 if PACKED else 1  # codes of a byte
+    column, unit = tl.arange(0, BLOCK), tl.arange(0, BLOCK // SHARE)
+    if WHOLE:
+        x = loaded(x_row, gate_row, column, column < columns, ACTIVATION, "", DTYPE, INTERPRETED)
+        write_row(
+            x, scale_ptr, shift_ptr, signs_ptr, clip_ptr, given_scale_ptr, given_zero_ptr, codes_row, row_scale_ptr,
+            row_zero_ptr, row, columns, BITS, SYMMETRIC, OWN, PACKED, RECIPROCAL, EPS, DTYPE, INTERPRETED, BLOCK,
+        )  # fmt: skip
+    else:
+        broken = 0
+        if OWN:
+            low, high, peak = 0.0, 0.0, 0
+            for start in range(0, columns, BLOCK):
+                inside = start + column < columns
+                x = loaded(x_row, gate_row, start + column, inside, ACTIVATION, "evict_last", DTYPE, INTERPRETED)
+                x = changed(x, start + column, inside, scale_ptr, shift_ptr, signs_ptr, DTYPE, INTERPRETED)
+                part_low, part_high, part_peak = extent(x, SPREAD)
+                peak = tl.maximum(peak, part_peak)
+                if SPREAD:
+                    low, high = tl.minimum(low, part_low), tl.maximum(high, part_high)
+            step, zero = grid(low, high, peak, clip_ptr, BITS, SYMMETRIC, RECIPROCAL, EPS, DTYPE, INTERPRETED)
+        else:
+            step, zero = given_grid(given_scale_ptr, given_zero_ptr)
+        for start in range(0, columns, BLOCK):
+            inside = start + column < columns
+            x = loaded(x_row, gate_row, start + column, inside, ACTIVATION, "evict_first", DTYPE, INTERPRETED)
+            x = changed(x, start + column, inside, scale_ptr, shift_ptr, signs_ptr, DTYPE, INTERPRETED)
+            codes, value = codes_of(x, step, zero, BITS, SYMMETRIC, DTYPE, INTERPRETED)
+            if not OWN:
+                broken = tl.maximum(broken, tl.max(((value != value) & inside).to(tl.int32), axis=0))
+            place = start // SHARE + unit[None, :]
+            store_codes(codes_row, place, place < columns // SHARE, codes[None, :], 1, BLOCK, PACKED)
+        store_grid(row_scale_ptr, row_zero_ptr, row, step, zero, broken)
+
+
+@jit
 def quantize_kernel(
     x_ptr,  # [rows, columns] of DTYPE, rows of stride_x, columns next to each other
     scale_ptr,  # [columns] or None
@@ -206,49 +344,9 @@ def quantize_kernel(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,  # a row fits into BLOCK: it stays in registers between its range and its codes
 ):
-    SPREAD: tl.constexpr = (not SYMMETRIC) or clip_ptr is not None
-    SHARE: tl.constexpr = 2 if PACKED else 1  # codes of a byte
     row = tl.program_id(0).to(tl.int64)
-    x_row = x_ptr + row * stride_x
-    codes_row = codes_ptr + row * (columns // SHARE)
-    column, unit = tl.arange(0, BLOCK), tl.arange(0, BLOCK // SHARE)
-    broken = 0
-    if WHOLE:
-        inside = column < columns
-        x = tl.load(x_row + column, mask=inside, other=0.0).to(tl.float32)
-        x = changed(x, column, inside, scale_ptr, shift_ptr, signs_ptr, DTYPE, INTERPRETED)
-        if OWN:
-            low, high, peak = extent(x, SPREAD)
-            step, zero = grid(low, high, peak, clip_ptr, BITS, SYMMETRIC, RECIPROCAL, EPS, DTYPE, INTERPRETED)
-        else:
-            step, zero = given_grid(given_scale_ptr, given_zero_ptr)
-        codes, value = codes_of(x, step, zero, BITS, SYMMETRIC, DTYPE, INTERPRETED)
-        if not OWN:
-            broken = tl.max(((value != value) & inside).to(tl.int32), axis=0)
-        store_codes(codes_row, unit[None, :], (unit < columns // SHARE)[None, :], codes[None, :], 1, BLOCK, PACKED)
-    else:
-        if OWN:
-            low, high, peak = 0.0, 0.0, 0
-            for start in range(0, columns, BLOCK):
-                inside = start + column < columns
-                x = tl.load(x_row + start + column, mask=inside, other=0.0, eviction_policy="evict_last")
-                x = changed(
-                    x.to(tl.float32), start + column, inside, scale_ptr, shift_ptr, signs_ptr, DTYPE, INTERPRETED
-                )
-                part_low, part_high, part_peak = extent(x, SPREAD)
-                peak = tl.maximum(peak, part_peak)
-                if SPREAD:
-                    low, high = tl.minimum(low, part_low), tl.maximum(high, part_high)
-            step, zero = grid(low, high, peak, clip_ptr, BITS, SYMMETRIC, RECIPROCAL, EPS, DTYPE, INTERPRETED)
-        else:
-            step, zero = given_grid(given_scale_ptr, given_zero_ptr)
-        for start in range(0, columns, BLOCK):
-            inside = start + column < columns
-            x = tl.load(x_row + start + column, mask=inside, other=0.0, eviction_policy="evict_first")
-            x = changed(x.to(tl.float32), start + column, inside, scale_ptr, shift_ptr, signs_ptr, DTYPE, INTERPRETED)
-            codes, value = codes_of(x, step, zero, BITS, SYMMETRIC, DTYPE, INTERPRETED)
-            if not OWN:
-                broken = tl.maximum(broken, tl.max(((value != value) & inside).to(tl.int32), axis=0))
-            place = start // SHARE + unit[None, :]
-            store_codes(codes_row, place, place < columns // SHARE, codes[None, :], 1, BLOCK, PACKED)
-    store_grid(row_scale_ptr, row_zero_ptr, row, step, zero, broken)
+    quantize_row(
+        x_ptr + row * stride_x, None, scale_ptr, shift_ptr, signs_ptr, clip_ptr, given_scale_ptr, given_zero_ptr,
+        codes_ptr + row * (columns // (2 if PACKED else 1)), row_scale_ptr, row_zero_ptr, row, columns, "none", BITS,
+        SYMMETRIC, OWN, PACKED, RECIPROCAL, EPS, DTYPE, INTERPRETED, BLOCK, WHOLE,
+    )  # fmt: skip

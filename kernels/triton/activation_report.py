@@ -8,13 +8,21 @@ prints registers, spills and shared memory; exits with 1 if one spills or asks f
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from quantkit.kernels import online
-from quantkit.kernels.triton import activation, activation_kernels, ahead, configs, transforms, transforms_kernels
+from quantkit.kernels.triton import (
+    activation,
+    activation_kernels,
+    ahead,
+    configs,
+    fused_kernels,
+    transforms,
+    transforms_kernels,
+)
 from quantkit.kernels.triton.ahead import Built
 
 
@@ -34,6 +42,8 @@ WIDTHS = (896, 4096, 5120, 14336, 28672)
 """Columns of the inputs of linears."""
 COLUMNS = (896, 3584, 4096, 5120, 8192, 11008, 13824, 14336, 18432, 18944, 27648, 28672, 29568)
 """The same, multiplied by Kronecker products."""
+HIDDEN = (896, 4096, 5120, 8192, 16384)
+"""Columns that norms read."""
 
 
 def grid_constants(dtype: str, bits: int, symmetric: bool, own: bool = True) -> dict[str, Any]:
@@ -70,6 +80,59 @@ def rounding(
     kind += " x t + s" * changed + " clip" * clipped
     return made(f"{kind} {dtype}, {columns}", activation_kernels.quantize_kernel, pointers, constants,
                 ("columns", "stride_x"), activation.warps(block))  # fmt: skip
+
+
+def normed(
+    columns: int, dtype: str, kind: str = "llama", residual: bool = True, bits: int = 8, symmetric: bool = True,
+    packed: bool = False, changed: bool = False, clipped: bool = False,
+) -> Variant:  # fmt: skip
+    """``norm_kernel`` for rows of ``columns``, a multiple of 16, that are written themselves, too."""
+    pointers = {
+        "x_ptr": (f"*{dtype}", True),
+        "residual_ptr": (f"*{dtype}", residual),
+        "weight_ptr": (f"*{dtype}", True),
+        "bias_ptr": (f"*{dtype}", kind == "layer"),
+        "sum_ptr": (f"*{dtype}", residual),
+        "values_ptr": (f"*{dtype}", True),
+    } | _rounded_to(dtype, symmetric, changed, clipped)
+    block = activation.power(columns)
+    constants = grid_constants(dtype, bits, symmetric) | {"KIND": kind, "PACKED": packed, "BLOCK": block}
+    name = f"{kind}{' + residual' * residual} A{bits}{'' if symmetric else 'Z'}{' packed' * packed}"
+    name += " x t + s" * changed + " clip" * clipped
+    sizes = ("columns", "stride_x", "stride_residual")
+    return made(f"{name} {dtype}, {columns}", fused_kernels.norm_kernel, pointers, constants, sizes,
+                activation.warps(block))  # fmt: skip
+
+
+def gated(
+    columns: int, dtype: str, function: str = "silu", bits: int = 8, symmetric: bool = True, packed: bool = False,
+    changed: bool = False, clipped: bool = False,
+) -> Variant:  # fmt: skip
+    """``gated_kernel`` for rows of ``columns``, a multiple of 16."""
+    pointers = {"gate_ptr": (f"*{dtype}", True), "up_ptr": (f"*{dtype}", True)}
+    pointers |= _rounded_to(dtype, symmetric, changed, clipped)
+    block = activation.block_of(columns)
+    constants = grid_constants(dtype, bits, symmetric) | {
+        "ACTIVATION": function, "PACKED": packed, "BLOCK": block, "WHOLE": block >= columns,
+    }  # fmt: skip
+    name = f"{function} A{bits}{'' if symmetric else 'Z'}{' packed' * packed}{' x t + s' * changed}{' clip' * clipped}"
+    sizes = ("columns", "stride_gate", "stride_up")
+    return made(f"{name} {dtype}, {columns}", fused_kernels.gated_kernel, pointers, constants, sizes,
+                activation.warps(block))  # fmt: skip
+
+
+def _rounded_to(dtype: str, symmetric: bool, changed: bool, clipped: bool) -> dict[str, tuple[str, bool]]:
+    """The pointers of what is done to a row with a grid of its own, and of its codes."""
+    return {
+        "scale_ptr": (f"*{dtype}", changed),
+        "shift_ptr": (f"*{dtype}", changed),
+        "clip_ptr": (f"*{dtype}", clipped),
+        "given_scale_ptr": (f"*{dtype}", False),
+        "given_zero_ptr": ("*i8", False),
+        "codes_ptr": ("*i8", True),
+        "row_scale_ptr": ("*fp32", True),
+        "row_zero_ptr": ("*fp32", not symmetric),
+    }
 
 
 def product(
@@ -119,7 +182,7 @@ def made(
     """A variant whose ``pointers`` (type, whether it is there) and ``sizes`` are as a launch passes them."""
     arguments = {name: kind for name, (kind, there) in pointers.items() if there} | dict.fromkeys(sizes, "i32")
     absent = {name: None for name, (_, there) in pointers.items() if not there}
-    arguments |= {"factor": "fp32"} if "factor" in kernel.arg_names else {}
+    arguments |= {name: "fp32" for name in ("factor", "epsilon", "share") if name in kernel.arg_names}
     return Variant(name, kernel, arguments, absent | constants, warps, stages, sizes)
 
 
@@ -132,6 +195,16 @@ def variants(target: str) -> Iterator[Variant]:
     yield rounding(28672, "bf16", symmetric=False, changed=True, clipped=True)
     yield rounding(14336, "fp32", symmetric=False)
     yield rounding(14336, "bf16", symmetric=False, own=False)
+    for columns in HIDDEN:
+        yield normed(columns, "bf16")
+    yield normed(3584, "bf16", kind="gemma", residual=False, symmetric=False, changed=True, clipped=True)
+    yield normed(4096, "fp16", kind="layer", bits=4, packed=True)
+    yield normed(16384, "fp32", kind="layer", symmetric=False, changed=True)
+    for columns in WIDTHS:
+        yield gated(columns, "bf16")
+    yield gated(14336, "bf16", function="gelu", symmetric=False, changed=True, clipped=True)
+    yield gated(14336, "fp32", function="gelu", symmetric=False)
+    yield gated(28672, "fp16", bits=4, packed=True, symmetric=False)
     for columns in COLUMNS:
         yield product(target, columns, "bf16")
     yield product(target, 4096, "fp16", bits=8, symmetric=False, changed=True, clipped=True)
@@ -152,10 +225,15 @@ def build(variant: Variant, target: str) -> Built:
 
 def main(targets: list[str]) -> int:
     """Print the table; 1 if a variant does not fit its target."""
+    return table(variants, targets)
+
+
+def table(of: Callable[[str], Iterable[Variant]], targets: list[str]) -> int:
+    """Print what ``of`` every target yields; 1 if one of that does not fit."""
     unfit = 0
     print(f"{'target':8}{'variant':44}{'warps':>6}{'regs':>6}{'spilled':>9}{'shared':>9}{'instructions':>14}")
     for target in targets or ahead.TARGETS:
-        for variant in variants(target):
+        for variant in of(target):
             built = build(variant, target)
             fits = not built.spilled and built.shared <= configs.SHARED_LIMIT[target]
             unfit += not fits

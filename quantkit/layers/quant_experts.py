@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from quantkit.layers.fusing import gated_linear
+
 
 class ExpertNames(NamedTuple):
     """What a checkpoint calls the three projections of an expert."""
@@ -66,8 +68,8 @@ class QuantExperts(nn.Module):
             expert = self.expert(index)
             position, token = routed(top_k_index, index)
             x = hidden_states[token]
-            x = self.act_fn(expert[self.names.gate](x)) * expert[self.names.up](x)
-            x = expert[self.names.down](x) * top_k_weights[token, position, None]
+            gate, up, down = (expert[name] for name in self.names)
+            x = gated_linear(gate(x), up(x), self.act_fn, down) * top_k_weights[token, position, None]
             mixed.index_add_(0, token, x.to(mixed.dtype))
         return mixed
 

@@ -16,27 +16,48 @@ Made = TypeVar("Made")
 
 
 class SharedInput:
-    """What the first of several readers made of a tensor, until the last one has asked for it."""
+    """What the first of several readers made of a tensor, or what came with it, until the last one has asked for it."""
 
     def __init__(self, readers: int) -> None:
-        self._readers = readers
+        self.readers = readers
         self._left = 0
         self._last: tuple[Tensor, int, str, Any] | None = None
+        self._untouched = False
+        """What is held was offered, and nobody asked for it yet."""
+        self._taken: bool | None = None
+        """Whether any offer was; None: there was none."""
 
     def of(self, x: Tensor, make: Callable[[], Made], kind: str = "values") -> Made:
         """``make()``, or what it returned to another reader of this very tensor that wants the same ``kind`` of it."""
         if torch.compiler.is_compiling():  # a compiler sees by itself what is computed twice
             return make()
-        version = 0 if x.is_inference() else x._version  # counts what was done to x in place
         made: Made
-        if self._last is not None and self._last[0] is x and self._last[1:3] == (version, kind):
-            made, self._left = self._last[3], self._left - 1
+        last = self._last
+        if last is not None and last[0] is x and last[1:3] == (_version(x), kind):
+            made, self._left = last[3], self._left - 1
+            self._taken = True if self._untouched else self._taken
         else:
-            made, self._left = make(), self._readers - 1
-            self._last = x, version, kind, made
+            made, self._left = make(), self.readers - 1
+            self._last = x, _version(x), kind, made
+        self._untouched = False
         if self._left <= 0:
             self._last = None  # held no longer than needed
         return made
+
+    def offer(self, x: Tensor, made: Any, kind: str) -> bool:
+        """Hold ``made``, which whoever made ``x`` made with it, for all readers of x; False: nobody took what was
+        offered first, so that it is not worth it."""
+        if self._taken is False:
+            self._last = None
+            return False
+        self._last, self._left, self._untouched = (x, _version(x), kind, made), self.readers, True
+        self._taken = bool(self._taken)
+        return True
+
+
+def _version(x: Tensor) -> int:
+    """Counts what was done to ``x`` in place."""
+    return 0 if x.is_inference() else x._version
 
 
 def share_inputs(model: nn.Module) -> None:

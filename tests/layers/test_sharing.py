@@ -128,3 +128,30 @@ def test_integers_are_shared_apart_from_values() -> None:
     assert made == ["codes", "values"]
     assert shared.of(torch.zeros(2), make("codes"), "codes") == "codes"
     assert made == ["codes", "values", "codes"]
+
+
+def _unasked() -> str:
+    raise AssertionError("made a second time")
+
+
+def test_what_is_offered_is_made_by_no_reader() -> None:
+    shared, x = SharedInput(2), torch.ones(2)
+    for _ in range(2):
+        assert shared.offer(x, "offered", "codes")
+        assert [shared.of(x, _unasked, "codes") for _ in range(2)] == ["offered"] * 2
+        assert shared._last is None
+    assert shared.offer(x, "offered", "codes")
+    assert shared.of(x, lambda: "made", "values") == "made"
+    assert shared.offer(x, "offered", "codes")  # it was taken before
+    x.add_(1)
+    assert shared.of(x, lambda: "made", "codes") == "made"
+
+
+def test_what_nobody_takes_is_not_offered_for_ever() -> None:
+    """Not even where two readers share what one of them made of another tensor."""
+    shared, x = SharedInput(2), torch.ones(2)
+    assert shared.offer(x, "offered", "codes")
+    other = x.clone()
+    assert [shared.of(other, lambda: "made", "codes") for _ in range(2)] == ["made"] * 2
+    assert not shared.offer(x, "offered", "codes")
+    assert shared._last is None

@@ -17,10 +17,13 @@ from quantkit.kernels.triton import (
     ahead,
     compat,
     configs,
+    fused,
+    fused_kernels,
     transforms,
     transforms_kernels,
 )
 from quantkit.kernels.triton.activation_report import Variant
+from quantkit.kernels.triton.fused import Norm
 from quantkit.recipe import ActivationScheme
 
 pytestmark = pytest.mark.skipif(not compat.AVAILABLE, reason="needs triton")
@@ -28,6 +31,8 @@ pytestmark = pytest.mark.skipif(not compat.AVAILABLE, reason="needs triton")
 BUDGET = 18
 """Instructions of a thread for each number of a row that is rounded: a tenth above what was counted. An H200 has time
 for 20 while it moves the 3 bytes."""
+FUSED_BUDGETS = {"norm": 30, "gated": 38}
+"""The same where a norm or a gate is computed on the way: an H200 has time for 60 and for 33 (9 and 5 bytes)."""
 PRODUCTS = {"sm_80": r"HMMA\.16816\.F32", "sm_90": r"HGMMA\.64x\d+x16\.F32", "gfx942": r"v_mfma_f32_(16x16x16|32x32x8)"}
 
 
@@ -52,6 +57,18 @@ def test_rounding_compiles(target):
     assert built.instructions.total() * 4 * (64 if target == "gfx942" else 32) < BUDGET * 4096 * (
         2 if target == "gfx942" else 1
     )
+
+
+@pytest.mark.parametrize("kind", FUSED_BUDGETS)
+@pytest.mark.parametrize("target", ahead.TARGETS)
+def test_norms_and_gates_compile(target, kind):
+    make = {"norm": activation_report.normed, "gated": activation_report.gated}[kind]
+    built = check(make(4096, "bf16"), target)
+    read = {"norm": 3, "gated": 2}[kind]  # x, residual and weight; gate and up
+    assert built.count(r"LDG\.E\S*\.128|(global|buffer)_load_dwordx4") >= read
+    threads = 4 * (64 if target == "gfx942" else 32)
+    budget = FUSED_BUDGETS[kind] * (2 if target == "gfx942" else 1)
+    assert built.instructions.total() * threads < budget * 4096
 
 
 @pytest.mark.parametrize("target", ahead.TARGETS)
@@ -96,6 +113,19 @@ class _Compiled:
         return launch
 
 
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and grids of what was launched; it is compiled for an H200 and not run."""
+    launches: list[tuple[str, tuple[int, ...]]] = []
+    monkeypatch.setattr(compat.module("runtime.driver").driver, "_active", _H200(), raising=False)
+    for module, names in ((activation_kernels, ("extent_kernel", "quantize_kernel")),
+                          (fused_kernels, ("norm_kernel", "gated_kernel")),
+                          (transforms_kernels, ("token_kernel", "columns_kernel"))):  # fmt: skip
+        for name in names:
+            monkeypatch.setattr(module, name, _Compiled(getattr(module, name), launches))
+    return launches
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sides", "scheme", "launched"),
@@ -107,14 +137,8 @@ class _Compiled:
         ((140, 32), ActivationScheme(bits=4), [("columns_kernel", (3, 1)), ("quantize_kernel", (3,))]),
     ],
 )
-def test_what_is_launched_compiles(monkeypatch, sides, scheme, launched):
+def test_what_is_launched_compiles(launches, sides, scheme, launched):
     """The launch as it is made on a GPU: its arguments fit the kernels, in whatever way Triton specialises them."""
-    launches: list[tuple[str, tuple[int, ...]]] = []
-    monkeypatch.setattr(compat.module("runtime.driver").driver, "_active", _H200(), raising=False)
-    for module, names in ((activation_kernels, ("extent_kernel", "quantize_kernel")),
-                          (transforms_kernels, ("token_kernel", "columns_kernel"))):  # fmt: skip
-        for name in names:
-            monkeypatch.setattr(module, name, _Compiled(getattr(module, name), launches))
     columns = 40 if sides is None else sides[0] * sides[1]
     scale = torch.ones(columns, dtype=torch.bfloat16)
     x = torch.randn(3, columns, dtype=torch.bfloat16)
@@ -124,3 +148,15 @@ def test_what_is_launched_compiles(monkeypatch, sides, scheme, launched):
         left, right = (torch.eye(side, dtype=torch.bfloat16) for side in sides)
         transforms.quantize(x, scheme, LayerInputs(scale=scale, left=left, right=right))
     assert launches == launched
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [1, 40])  # a size of 1 becomes a constant
+@pytest.mark.parametrize("kind", ["llama", "gemma", "layer"])
+def test_norms_and_gates_that_are_launched_compile(launches, kind, columns):
+    x, scheme = torch.randn(3, columns, dtype=torch.bfloat16), ActivationScheme(bits=8, symmetric=kind == "gemma")
+    weight, bias = x[0], x[1] if kind == "layer" else None
+    residual = None if kind == "gemma" else x
+    fused.norm_quantize(x, Norm(kind, weight, bias, 1e-6), LayerInputs(shift=weight), scheme, residual, values=True)
+    fused.gated_quantize(x, x, "gelu" if kind == "gemma" else "silu", LayerInputs(scale=weight), scheme)
+    assert launches == [("norm_kernel", (3,)), ("gated_kernel", (3,))]

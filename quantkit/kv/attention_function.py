@@ -84,7 +84,8 @@ def choose_attention(model: PreTrainedModel, found: list[Attention], attention: 
     reason = "" if attention == DENSE else why_dense(model, found)
     if attention == PACKED and reason:
         raise QuantkitError(f"{reason}; use attention='dense', which reads keys and values back for every token.")
-    # On a GPU blocks are read by many small kernels, one after the other: that saves memory, not time.
+    # On a GPU blocks are read by many small kernels, one after the other: that saves memory, not time. NSNQuant has one
+    # kernel for all of it; how fast that is nobody has measured.
     packed = attention == PACKED or (attention is None and not reason and model.device.type == "cpu")
     if packed:
         use_packed_attention(model, found)

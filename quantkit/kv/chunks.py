@@ -65,6 +65,9 @@ class ChunkStore:
     def grain(self) -> tuple[int, int]:
         return 0, self._unit
 
+    def coded_after(self, tokens: int) -> int:
+        return max(0, (tokens - self._recent) // self._chunk * self._chunk)
+
     def append(self, states: Tensor) -> Tensor:
         self.put(states)
         read = self.read(0, self.length, states.dtype)
@@ -100,7 +103,7 @@ class ChunkStore:
         """Encode what is due."""
         if self._tail is None:
             return
-        due = max(0, (self._tail.shape[2] - self._recent) // self._chunk * self._chunk)
+        due = self.coded_after(self._tail.shape[2])  # counted from where the tail begins, a whole number of chunks
         if due:
             new = self._codec.encode(self._tail[:, :, :due])
             held = self._parts

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels import hadamard
+from quantkit.kernels.triton import kv_encode
 from quantkit.kv.codebooks import WIDTH, Codebook
 from quantkit.kv.quantiser import LARGEST, wide
 from quantkit.kv.rope import Rope
@@ -106,11 +107,14 @@ class Coder:
         return codes + 2 * self.window + self.window // 2 + 4 + mean
 
     def encode(self, states: Tensor, starts: Tensor) -> Chunks:
-        """
+        """By one kernel where ``kv_encode.refuses`` nothing.
+
         Args:
             states: [batch, heads, C, W, d], C >= 1, any floating dtype; 8 divides d.
             starts: int64 [C], the position of the first token of each chunk.
         """
+        if kv_encode.refuses(states, self) is None:
+            return Chunks(**kv_encode.encode(states, starts, self, mean_group(states.shape[-1])))
         parts = [self._encode(*part) for part in self._blocks(states, starts)]
         return Chunks.joined(parts)
 

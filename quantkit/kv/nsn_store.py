@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,10 +33,16 @@ class View:
     """[batch, heads, S or fewer, head_dim], as it came; the first tokens held."""
     chunks: Chunks | None
     """Behind the sink; None: nothing is packed."""
-    starts: Tensor
-    """int64 [C]: the position of the first token of each chunk, for ``coder.rope``."""
+    start: int
+    """Position of the first token of the first chunk, for ``coder.rope``; the next chunks begin W further each."""
     tail: Tensor
     """[batch, heads, tokens, head_dim], as it came; behind the chunks."""
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """int64 [C]: the position of the first token of each chunk."""
+        count = 0 if self.chunks is None else self.chunks.count
+        return self.start + self.coder.window * torch.arange(count, device=self.tail.device)
 
 
 class NSNStore:
@@ -73,6 +80,10 @@ class NSNStore:
     @property
     def grain(self) -> tuple[int, int]:
         return self._held_sink, self._coder.window
+
+    def coded_after(self, tokens: int) -> int:
+        window = self._coder.window
+        return max(0, (tokens - self._sinks - self._recent) // window * window)
 
     def append(self, states: Tensor) -> Tensor:
         self.put(states)
@@ -171,7 +182,8 @@ class NSNStore:
         """What is held; None: nothing. Valid until the store is next changed."""
         if self._sink is None or self._tail is None:
             return None
-        return View(self._coder, self._sink, self._chunks() if self._count else None, self._starts(), self._tail)
+        start = self._sinks + self._coder.window * self._first
+        return View(self._coder, self._sink, self._chunks() if self._count else None, start, self._tail)
 
     @property
     def _held_sink(self) -> int:

@@ -9,7 +9,8 @@ block with the largest logit Z,
 
 and the same with 1 in the place of v_t. Sums are in float32, or in float64 if the queries are. How keys are multiplied
 and values added up is a reader's business: ``Read`` decodes a block of any ``Store``, ``nsn_attention.py`` multiplies
-codes where they lie.
+codes where they lie. One query token over codes of NSNQuant on a GPU is the business of a kernel,
+``kernels/triton/kv_attention.py``.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quantkit.kernels.triton import kv_attention
 from quantkit.kv.cache import QuantisedLayer
 from quantkit.kv.interface import KeyTransform, Store
 from quantkit.kv.nsn_attention import NSNKeys, NSNValues
-from quantkit.kv.nsn_store import NSNStore
+from quantkit.kv.nsn_store import NSNStore, View
 from quantkit.kv.quantiser import wide
 
 _BLOCK, _BLOCK_ON_GPU = 2**20, 2**24
@@ -91,10 +93,13 @@ def attend(
         [batch, query_heads, n, head_dim of the values] in the dtype of ``query``.
     """
     with torch.autocast(query.device.type, enabled=False):
+        seen, added = _views(layer)
+        if seen is not None and added is not None and kv_attention.refuses(query, seen, added) is None:
+            return kv_attention.attend(query, seen, added, mask, scaling, softcap)
         heads, length = layer.heads, layer.get_seq_length()
         shared = query.shape[1] // heads
         rows = (query.to(wide(query.dtype)) * scaling).unflatten(1, (heads, shared)).flatten(2, 3)
-        keys, values = _readers(layer, rows)
+        keys, values = _readers(layer, rows, seen, added)
         least = torch.finfo(rows.dtype).min
         highest = torch.full_like(rows[..., :1], least)
         total = torch.zeros_like(highest)
@@ -115,12 +120,18 @@ def attend(
         return output.unflatten(2, (shared, -1)).flatten(1, 2).to(query.dtype)
 
 
-def _readers(layer: QuantisedLayer, rows: Tensor) -> tuple[KeyReader, ValueReader]:
+def _views(layer: QuantisedLayer) -> tuple[View | None, View | None]:
+    """Of keys and values that queries can be multiplied with, and added up, as they are packed."""
+    keys, values = (store.view() if isinstance(store, NSNStore) else None for store in layer.stores)
+    return keys if layer.kv.transform is None else None, values
+
+
+def _readers(
+    layer: QuantisedLayer, rows: Tensor, seen: View | None, added: View | None
+) -> tuple[KeyReader, ValueReader]:
     keys, values = layer.stores
-    transform = layer.kv.transform
-    seen, added = (store.view() if isinstance(store, NSNStore) else None for store in (keys, values))
     return (
-        Read(keys, rows, transform) if seen is None or transform is not None else NSNKeys(seen, rows),
+        Read(keys, rows, layer.kv.transform) if seen is None else NSNKeys(seen, rows),
         Read(values, rows) if added is None else NSNValues(added, rows.dtype),
     )
 

@@ -2,17 +2,24 @@
 
     python -m quantkit.kernels.triton.compile_report [sm_80 sm_90 gfx942]
 
-prints the tables of ``weight_only_report``, ``integer_report`` and ``activation_report``: registers, spills, shared
-memory, instructions; exits with 1 if something spills or asks for more shared memory than there is.
+prints the tables of all ``REPORTS``: registers, spills, shared memory, instructions; exits with 1 if something spills
+or asks for more shared memory than there is.
 """
 
 from __future__ import annotations
 
 import sys
 
-from quantkit.kernels.triton import activation_report, integer_report, weight_only_report
+from quantkit.kernels.triton import (
+    activation_report,
+    heads_report,
+    integer_report,
+    kv_attention_report,
+    kv_encode_report,
+    weight_only_report,
+)
 
-REPORTS = (weight_only_report, integer_report, activation_report)
+REPORTS = (weight_only_report, integer_report, activation_report, heads_report, kv_attention_report, kv_encode_report)
 
 
 def main(targets: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""Rounded activations times rounded weights in integers on GPUs, through Triton: W8A8, W4A8, W4A4 and their like.
+"""Rounded activations times rounded weights in integers on GPUs, through Triton: W8A8, W4A8, W3A8, W4A4 and their like.
 
 The codes of the input come from ``input_codes.py`` as int8, whatever their width; the weight stays packed and becomes
 int8 in registers (``integer_layout.py``). Products are added up in int32 on the matrix units and scales applied to the
@@ -65,8 +65,6 @@ def refuses(layer: QuantLinear, device: torch.device) -> str | None:
         return f"for one scale per token, not per {activations.group_size} channels"
     if weights.levels != "uniform":
         return f"{weights.levels} codes are not evenly spaced"
-    if weights.bits not in integer_layout.WIDTHS:
-        return f"for weights of 2 and 4 to 8 bits, not {weights.bits}"
     if not integer_layout.supports(layer.format):
         return f"groups of {weights.group_size} are no multiple of {integer_layout.GROUP_UNIT}"
     if layer.weight_scale.dtype not in (torch.float16, torch.bfloat16, torch.float32):

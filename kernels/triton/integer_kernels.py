@@ -206,9 +206,8 @@ def matmul_kernel(
                     other=0,
                     eviction_policy="evict_last",
                 )
-                total = tl.dot(
-                    _operand(packed, steps, unit * PLANES + plane, WIDTH, ZERO_POINT, PTX, REGISTERS), x, total
-                )
+                weight = _operand(packed, steps, unit * PLANES + plane, WIDTH, ZERO_POINT, PTX, REGISTERS)
+                total = tl.dot(weight, x, total, out_dtype=tl.int32)
             if GROUP == 0:
                 acc = total
             else:
@@ -267,6 +266,6 @@ def sums_kernel(
         column = start + tl.arange(0, BLOCK_K)
         mask = (token < M)[:, None] & (column < last)[None, :]
         x = tl.load(x_ptr + token[:, None] * stride_x + column[None, :], mask=mask, other=0)
-        total = tl.dot(x, tl.full([BLOCK_K, 16], 1, tl.int8), total)
+        total = tl.dot(x, tl.full([BLOCK_K, 16], 1, tl.int8), total, out_dtype=tl.int32)
     place = out_ptr + group * M + token[:, None] + same[None, :]
     tl.store(place, total, mask=(token < M)[:, None] & (same == 0)[None, :])

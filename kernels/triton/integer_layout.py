@@ -11,14 +11,19 @@ so that field j of a tile, once each byte is masked, is an int8 operand of ``pla
 columns that lie 64 apart.)
 
     bits     width   what a field holds                         operand of the product
-    2, 4     2, 4    the code                                   symmetric: (code - 2**(width - 1)) * 2**(8 - width);
-                                                                else code - zero point
+    2, 4     2, 4    the code                                   symmetric: (field - 2**(width - 1)) * 2**(8 - width);
+                                                                else field - zero point
+    3        4       the code; symmetric: twice the code        the same
     5 to 8   8       code - zero point, if that fits in int8    the byte
     8        8       code - 128, with a zero point              the byte; zero point - 128 is taken off the sums
 
-The factor of a symmetric operand is what is left of moving the code to the top of its byte, which takes one
-instruction less than keeping it at the bottom; scales are divided by it. Rows are padded to ROWS, columns to whole
-blocks: codes 0 with scale 0. Where operands have a zero point, it shares a word with the scale:
+The factor of a symmetric operand, 2**(8 - bits), is what is left of moving the code to the top of its byte, which takes
+one instruction less than keeping it at the bottom; scales are divided by it.
+
+3-bit codes take the room of 4: a third more bytes than they are stored in, for the 4-bit kernel as it is. A denser form
+(two bits here, the third there, as in ``layout.py``) would cost every weight more instructions, of which these kernels
+have few to spare; it has not been tried. Rows are padded to ROWS, columns to whole blocks: codes 0 with scale 0.
+Where operands have a zero point, it shares a word with the scale:
 
     steps[group, row] = bits of the float32 scale | zero point        (see ``layout.py``)
 """
@@ -42,7 +47,7 @@ if TYPE_CHECKING:
     from quantkit.formats.layer import LayerFormat
     from quantkit.layers.quant_linear import QuantLinear
 
-WIDTHS = {2: 2, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
+WIDTHS = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 """Bits of a code -> bits of it in a byte."""
 GROUP_UNIT = 32
 """Groups are multiples of this: the columns that one 8-bit matrix instruction adds up."""
@@ -84,13 +89,10 @@ def block_columns(width: int, plane: int) -> int:
 
 
 def supports(layer: LayerFormat) -> bool:
-    """Whether the weight of ``layer`` can be laid out: 2 or 4 to 8 bits, groups of a multiple of 32 columns."""
+    """Whether the weight of ``layer`` can be laid out: evenly spaced codes, groups of a multiple of 32 columns."""
     weights = layer.weights
-    return (
-        weights.bits in WIDTHS
-        and weights.levels == "uniform"
-        and (weights.group_size == PER_CHANNEL or weights.group_size % GROUP_UNIT == 0)
-    )
+    whole = weights.group_size == PER_CHANNEL or weights.group_size % GROUP_UNIT == 0
+    return whole and weights.levels == "uniform"
 
 
 def most_columns(layer: LayerFormat) -> int | None:
@@ -160,7 +162,7 @@ def restore(weight: IntegerWeight, layer: QuantLinear) -> Tensor:
         if layer.format.storage == "int8":
             parts.append(fields.view(torch.int8))
         elif weight.width < 8:
-            parts.append(pack_rows(fields, bits))
+            parts.append(pack_rows(fields >> _moved(layer), bits))
         elif values.fit_int8(layer):
             parts.append(values.write(fields.view(torch.int8), layer, zero_point, first, last))
         else:
@@ -174,7 +176,13 @@ def _fields(layer: QuantLinear, zero_point: Tensor | int, first: int, last: int)
     if WIDTHS[bits] == 8 and values.fit_int8(layer):
         return values.read(layer, zero_point, first, last).view(torch.uint8)
     codes = unpack_rows(layer.weight_packed[first:last], bits, layer.in_features)
-    return signed_from_codes(codes).view(torch.uint8) if bits == 8 else codes
+    return signed_from_codes(codes).view(torch.uint8) if bits == 8 else codes << _moved(layer)
+
+
+def _moved(layer: QuantLinear) -> int:
+    """Bits that symmetric codes are moved up by, to the top of a field that is wider than they are."""
+    weights = layer.format.weights
+    return WIDTHS[weights.bits] - weights.bits if weights.symmetric and weights.bits < 5 else 0
 
 
 def _lay_out(fields: Tensor, width: int, tiles: Tensor) -> None:
@@ -200,7 +208,7 @@ def _sums(fields: Tensor, layer: QuantLinear, zero_point: Tensor | int, first: i
     weights, columns = layer.format.weights, layer.in_features
     group = columns if weights.group_size == PER_CHANNEL else min(weights.group_size, columns)
     width = WIDTHS[weights.bits]
-    codes = fields.view(torch.int8) if width == 8 else fields
+    codes = fields.view(torch.int8) if width == 8 else fields >> _moved(layer)
     zero = zero_point[first:last].long() if isinstance(zero_point, Tensor) else torch.tensor(zero_point)
     if width == 8:  # the byte has lost its zero point, or 128
         zero = torch.zeros_like(zero) if values.fit_int8(layer) else zero - 128
@@ -215,7 +223,8 @@ def _sums(fields: Tensor, layer: QuantLinear, zero_point: Tensor | int, first: i
 
 def _factor(layer: QuantLinear) -> int:
     """What the operands of a symmetric weight are multiplied by."""
-    return 1 << (8 - WIDTHS[layer.format.weights.bits]) if layer.format.weights.symmetric else 1
+    weights = layer.format.weights
+    return 1 << (8 - weights.bits) if weights.symmetric and weights.bits < 5 else 1
 
 
 def _steps(layer: QuantLinear, zero_point: Tensor | None) -> Tensor:

@@ -68,7 +68,8 @@ FORMATS = (
     (4, 32, False, False),
     (2, 64, True, False),
 )
-"""Bits, group size, zero points of the weight, of the input. 4-bit inputs are the same kernel as those of 8."""
+"""Bits, group size, zero points of the weight, of the input. 4-bit inputs are the same kernel as those of 8,
+3-bit weights the same as those of 4."""
 
 
 def variants(target: str) -> Iterator[Variant]:

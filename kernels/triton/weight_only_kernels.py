@@ -102,7 +102,8 @@ def nf4_ptx(bf16):
         # Of a byte this repeats the top bit: that of every second code, and of the others once they are moved up.
         "prmt.b32 m, t, $4, 0xD9C8; prmt.b32 n, t, $4, 0xFBEA;",
     ]
-    for part, (below, above) in (("l", table[:2]), ("h", table[2:])):
+    for part, first in (("l", 0), ("h", 2)):
+        below, above = table[first], table[first + 1]
         lines.append(f"mov.b32 t, {below[0]:#x}; mov.b32 u, {below[1]:#x}; prmt.b32 a, t, u, s; prmt.b32 b, t, u, r;")
         lines.append(f"mov.b32 t, {above[0]:#x}; mov.b32 u, {above[1]:#x}; prmt.b32 c, t, u, s; prmt.b32 d, t, u, r;")
         # (first & mask) | (second & ~mask)
@@ -263,7 +264,7 @@ def matmul_kernel(
 ):
     FIELDS: tl.constexpr = 16 // (2 if BITS == 3 else BITS)
     COLUMNS: tl.constexpr = 32 * FIELDS
-    GROUPS: tl.constexpr = COLUMNS // GROUP if 0 < GROUP < COLUMNS else 1  # in a block
+    GROUPS: tl.constexpr = COLUMNS // GROUP if (GROUP > 0 and GROUP < COLUMNS) else 1  # in a block
     PLANES: tl.constexpr = FIELDS // GROUPS  # in a group
     APART: tl.constexpr = SCALE_AFTER and GROUP > 0  # whether the sums of a group are scaled by themselves
     tiles_m = (M + BLOCK_M - 1) // BLOCK_M
@@ -353,7 +354,7 @@ def dequantize_kernel(
     """The weight itself, bit for bit what the reference multiplies by; a program writes one block of BLOCK_N rows."""
     FIELDS: tl.constexpr = 16 // (2 if BITS == 3 else BITS)
     COLUMNS: tl.constexpr = 32 * FIELDS
-    GROUPS: tl.constexpr = COLUMNS // GROUP if 0 < GROUP < COLUMNS else 1
+    GROUPS: tl.constexpr = COLUMNS // GROUP if (GROUP > 0 and GROUP < COLUMNS) else 1
     PLANES: tl.constexpr = FIELDS // GROUPS
     block = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

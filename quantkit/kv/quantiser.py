@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from quantkit.formats.packing import pack_rows, unpack_rows
+from quantkit.kernels.triton import heads
 
 SMALLEST, LARGEST = 2.0**-24, 65504.0  # of float16 above 0
 
@@ -67,6 +68,9 @@ class TokenStore:
     @property
     def grain(self) -> tuple[int, int]:
         return 0, 1
+
+    def coded_after(self, tokens: int) -> int:
+        return tokens
 
     def append(self, states: Tensor) -> Tensor:
         self.put(states)
@@ -126,6 +130,8 @@ class MinMax:
     def encode(self, states: Tensor) -> dict[str, Tensor]:
         """``codes`` int32 [.., tokens, ceil(head_dim * bits / 32)], ``scale`` float16 [.., tokens, 1] and, if
         asymmetric, ``zero_point`` uint8 [.., tokens, 1]."""
+        if heads.encodes(states):
+            return heads.encode(states, self.bits, self.symmetric, self.low, self.high)
         codes, scale, zero_point = self._grid(states)
         rows = pack_rows(codes.to(torch.uint8).reshape(-1, states.shape[-1]), self.bits)
         parts = {"codes": rows.view(*states.shape[:-1], -1), "scale": scale.half()}

@@ -20,7 +20,8 @@ from quantkit.layers.quant_linear import QuantLinear
 
 SCHEMES = ["W8A8", "W8A8G32", "W8ZA8", "W8ZA8Z", "W8ZA8ZG64", "W8A8ZG128", "W8A8TS", "W8ZA8ZTS", "W8A8ZT",
            "W4A8", "W4A8Z", "W4A8G128", "W4A8ZG64", "W4ZA8", "W4ZA8ZG32", "W4ZA8G96", "W4ZA8Z", "W4A4", "W4ZA4ZG64",
-           "W6SA6", "W5ZA6ZG32", "W2SA8G128", "W2SA8Z", "W2ZA8ZG32"]  # fmt: skip
+           "W6SA6", "W5ZA6ZG32", "W2SA8G128", "W2SA8Z", "W2ZA8ZG32",
+           "W3A8", "W3A3", "W3SA8Z", "W3SA3G64", "W3SA8ZG32", "W3ZA8ZG96"]  # fmt: skip
 BOUND = {torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 2**-7}
 """Relative. Of half: its rounding alone is 2e-4. The interpreter cuts bfloat16 off where a GPU rounds."""
 FEW = Config(block_m=16, block_n=64, split=1, warps=4, stages=1, scale_after=True)
@@ -197,7 +198,7 @@ def test_what_is_not_finite_stays_in_its_row(interpreter, scheme, value):
     assert torch.equal(want.isfinite(), y.isfinite())
 
 
-@pytest.mark.parametrize("scheme", ["W8ZA8Z", "W8A8Z", "W8A8", "W4ZA8Z", "W4A8"])
+@pytest.mark.parametrize("scheme", ["W8ZA8Z", "W8A8Z", "W8A8", "W4ZA8Z", "W4A8", "W3A8", "W3SA8Z"])
 def test_the_bound_of_int32(scheme):
     """The largest sum that the most columns can have fits, and that of one more does not."""
     layer = layer_format(scheme)
@@ -246,7 +247,7 @@ def test_operator_has_a_shape_without_data_and_passes_opcheck(interpreter):
         ("W4A16G32", 96, torch.float16, "cuda", "activations are not rounded"),
         ("W4A4B32", 96, torch.float16, "cuda", "for one scale per token, not per 32 channels"),
         ("WNF4A8G32", 96, torch.float16, "cuda", "nf4 codes are not evenly spaced"),
-        ("W3A8", 96, torch.float16, "cuda", "for weights of 2 and 4 to 8 bits, not 3"),
+        ("W3A8", 96, torch.float16, "cuda", None),
         ("W4A8G16", 96, torch.float16, "cuda", "groups of 16 are no multiple of 32"),
         ("W4A8", 96, torch.float64, "cuda", "for models of 16 or 32 bits, not float64"),
         ("W8A8", 131072, torch.float16, "cuda", "sums of 131072 products may overflow int32"),

@@ -11,7 +11,8 @@ from quantkit.kernels.triton.integer_layout import IntegerWeight
 from quantkit.layers.quant_linear import QuantLinear
 
 SCHEMES = ["W8A8", "W8ZA8", "W8ZA8G32", "W8A8ZG128", "W4A8", "W4ZA8Z", "W4A4G64", "W4ZA8ZG96", "W2ZA8ZG32",
-           "W4A8Z", "W2SA8Z", "W5ZA8ZG64", "W6SA6Z", "W6ZA6Z", "W7ZA8"]  # fmt: skip
+           "W4A8Z", "W2SA8Z", "W5ZA8ZG64", "W6SA6Z", "W6ZA6Z", "W7ZA8",
+           "W3A8", "W3SA8Z", "W3SA3G64", "W3ZA8ZG96"]  # fmt: skip
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 8), (5, 100), (130, 257), (128, 512)])
@@ -71,7 +72,15 @@ def test_operands_scales_and_sums_are_those_of_the_weight(scheme):
 
 
 def test_takes_as_much_memory_as_the_codes():
-    for scheme, bits in (("W8A8", 8), ("W4A8G128", 4), ("W4ZA8G32", 4), ("W2ZA8", 2), ("W6A6", 8)):
+    for scheme, bits in (
+        ("W8A8", 8),
+        ("W4A8G128", 4),
+        ("W4ZA8G32", 4),
+        ("W2ZA8", 2),
+        ("W6A6", 8),
+        ("W3A8", 4),
+        ("W3SA3", 4),
+    ):
         weight = integer_layout.from_layer(random_layer(scheme, 128, 512, bias=False, dtype=torch.float16))
         assert weight.tiles.nbytes == 128 * 512 * bits // 8
 
@@ -107,7 +116,7 @@ def test_scales_that_leave_no_room_for_a_zero_point_are_not_packed():
         assert (integer.pack(layer) is not None) == fits, scheme
 
 
-@pytest.mark.parametrize(("scheme", "supported"), [("W4A8G16", False), ("W3A8", False), ("WNF4A8G32", False),
+@pytest.mark.parametrize(("scheme", "supported"), [("W4A8G16", False), ("W3A8", True), ("WNF4A8G32", False),
                                                    ("W5A8G96", True)])  # fmt: skip
 def test_what_can_be_laid_out(scheme, supported):
     assert integer_layout.supports(layer_format(scheme)) == supported

@@ -62,9 +62,9 @@ def _of_rows(x: Tensor, shares: Tensor, scheme: ActivationScheme, grad: Tensor) 
         # q - inside * position: what rounding does to the values inside, the end of the grid for those beyond it
         of_step = position.clamp(first, last).round_().sub_(position.mul_(inside))
         to_step = of_step.mul_(grad).sum(-1, keepdim=True)
-        to_high = to_step.mul_(whole != 0) / (steps / 2)
-        upper = high >= -low
-        to_low, to_high = -to_high * ~upper, to_high * upper
+        to_end = to_step.mul_(whole != 0) / (steps / 2)
+        upper = high >= -low  # the end that is farther away has it all
+        to_low, to_high = -to_end * ~upper, to_end * upper
     else:
         raw = first - low / step
         zero = raw.clamp(first, last).round_()
@@ -80,8 +80,11 @@ def _of_rows(x: Tensor, shares: Tensor, scheme: ActivationScheme, grad: Tensor) 
     # beyond 0 the ends of a range are 0, whatever the values are
     to_low, to_high = to_low * (least * shares[0] <= 0), to_high * (largest * shares[1] >= 0)
     of_shares = torch.stack(((to_low * least).sum(), (to_high * largest).sum())).to(shares.dtype)
-    of_x = grad * inside
-    for value, of_value in ((least, to_low * shares[0]), (largest, to_high * shares[1])):
+    of_x, to_low, to_high = grad * inside, to_low * shares[0], to_high * shares[1]
+    ends = [(least, to_low), (largest, to_high)]
+    if scheme.symmetric:
+        ends = [(torch.where(upper, largest, least), to_low + to_high)]
+    for value, of_value in ends:
         row, column = (x == value).nonzero(as_tuple=True)
         ties = torch.bincount(row, minlength=len(x)).to(x.dtype)
         of_x[row, column] += (of_value[:, 0] / ties)[row]

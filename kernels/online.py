@@ -97,4 +97,6 @@ def _factors(inputs: LayerInputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _sandwich(left: Tensor, x: Tensor, right: Tensor) -> Tensor:
     """left @ V @ right for V [a, b] from the last dimension of ``x``."""
-    return (left @ (x.unflatten(-1, (len(left), len(right))) @ right)).flatten(-2)
+    halves = (x.reshape(-1, len(right)) @ right).view(-1, len(left), len(right))
+    # ``left @ halves`` would copy ``halves`` and its result to make one product of all.
+    return torch.bmm(left.expand(len(halves), -1, -1), halves).view(x.shape)

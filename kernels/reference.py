@@ -130,7 +130,7 @@ def grid_over(low: Tensor, high: Tensor, scheme: ActivationScheme, dtype: torch.
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = (torch.maximum(-low, high) / (steps / 2) if scheme.symmetric else (high - low) / steps).to(dtype)
     scale = torch.where(scale == 0, torch.finfo(dtype).eps, scale)
-    return scale, None if scheme.symmetric else _nearest((lowest - low / scale).clamp(lowest, highest))
+    return scale, None if scheme.symmetric else (lowest - low / scale).clamp(lowest, highest).round()
 
 
 def _to_own_grid(x: Tensor, scheme: ActivationScheme, clip: Tensor | None) -> Tensor:
@@ -147,15 +147,10 @@ def _to_own_grid(x: Tensor, scheme: ActivationScheme, clip: Tensor | None) -> Te
 
 def _to_grid(x: Tensor, bits: int, scale: Tensor, zero_point: Tensor | None) -> Tensor:
     lowest, highest, _ = _codes(bits)
-    codes = x / scale
+    codes = x / scale  # the one tensor of its size that is made here: fresh memory costs more than arithmetic
     if zero_point is None:
-        return _nearest(codes.clamp(lowest, highest)) * scale
-    return (_nearest((codes + zero_point).clamp(lowest, highest)) - zero_point) * scale
-
-
-def _nearest(codes: Tensor) -> Tensor:
-    """``codes.round()``, bit for bit, through which gradients go straight."""
-    return codes + (codes.round() - codes).detach() if codes.requires_grad else codes.round()
+        return codes.clamp_(lowest, highest).round_().mul_(scale)
+    return codes.add_(zero_point).clamp_(lowest, highest).round_().sub_(zero_point).mul_(scale)
 
 
 def _codes(bits: int) -> tuple[int, int, int]:

@@ -40,7 +40,7 @@ from quantkit.transforms.interface import InputOp, Online, Situation, Solution
 _START_SAMPLES = 8
 """Samples that decide where limits start."""
 _FAITHFUL = {
-    "epochs": 15, "batch": 4, "holdout": 0.0, "skip_first": False, "warmup": 0.0, "parameterisation": "svd",
+    "epochs": 15, "batch": 4, "micro_batch": 4, "holdout": 0.0, "skip_first": False, "warmup": 0.0,
     "matrix_start": "cayley", "diag_start": "smoothquant", "alpha": 0.3, "clip_start": "wide", "lr": 5e-3,
     "lr_clip": 5e-2, "patience": 1000,  # no early end
 }  # fmt: skip
@@ -52,7 +52,9 @@ class Config(BlockOptions):
     preset: Literal["recommended", "faithful"] = Field(
         "recommended", description="faithful: the authors' recipe, for every option that is not given"
     )
-    epochs: int = Field(6, ge=0, description="passes over the samples")
+    epochs: int = Field(4, ge=0, description="passes over the samples")
+    batch: int = Field(2, ge=1, description="samples per step")
+    micro_batch: int = Field(2, ge=1, description="samples at a time: less memory, the same steps")
     inputs: Literal["float", "quantised"] = Field(
         "float", description="what enters the block while it is learned; float: blocks do not depend on each other"
     )
@@ -64,7 +66,7 @@ class Config(BlockOptions):
     keys: bool = Field(
         True, description="learn matrices for keys that would be rotated, and limits of keys and values; only with KV"
     )
-    parameterisation: Parameterisation = Field("direct", description="of the matrices: themselves, or as U S V")
+    parameterisation: Parameterisation = Field("svd", description="of the matrices: themselves, or as U S V")
     matrix_start: Start = Field(
         "hadamard", description="matrices to start with: Hadamard, uniformly random, or the authors' half mixed ones"
     )
@@ -75,7 +77,7 @@ class Config(BlockOptions):
     clip_start: Literal["search", "wide"] = Field(
         "search", description="limits to start with: searched where that helps, or the authors' 0.982 of the range"
     )
-    lr: float = Field(5e-3, gt=0, description="learning rate of matrices and scales")
+    lr: float = Field(2e-2, gt=0, description="learning rate of matrices and scales")
     lr_clip: float = Field(5e-2, gt=0, description="learning rate of limits")
 
     @model_validator(mode="before")

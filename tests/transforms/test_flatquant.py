@@ -330,7 +330,7 @@ def test_the_faithful_preset_gives_way_to_options() -> None:
     config = flatquant.Config(preset="faithful", epochs=3)
     assert (config.epochs, config.parameterisation, config.matrix_start, config.holdout) == (3, "svd", "cayley", 0.0)
     assert config.patience > 15
-    assert flatquant.Config().parameterisation == "direct"
+    assert flatquant.Config().matrix_start == "hadamard"
 
 
 # --- whole models ----------------------------------------------------------------------------------------------------

@@ -92,6 +92,17 @@ def read_tasks(questions: Questions) -> Tasks:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What the ``kv`` of a cell stands for, where its name alone does not say it."""
+
+    method: str
+    """Of ``kv/methods.py``, or a name with settings in it."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    stream: bool = True
+    """As for ``window_losses``."""
+
+
+@dataclass(frozen=True)
 class Measurement:
     """What a model is measured on."""
 
@@ -105,8 +116,11 @@ class Measurement:
     device_map: str | None = None
     questions: Questions | None = None
 
-    def figures(self, model: Any, tokenizer: Any, name: str) -> Line:
+    def figures(self, model: Any, tokenizer: Any, name: str, stream: bool = False) -> Line:
         """Every figure of ``model`` as it is now.
+
+        Args:
+            stream: as for ``window_losses``.
 
         Raises:
             RecipeError: as ``window_losses`` and ``zero_shot``.
@@ -119,7 +133,7 @@ class Measurement:
         for text, source in self.texts.items():
             losses = window_losses(
                 model, tokenizer, load_text(source), seqlen=self.seqlen, max_tokens=self.max_tokens,
-                batch_size=self.batch_size,
+                batch_size=self.batch_size, stream=stream,
             )  # fmt: skip
             nll = [round(value, 5) for value in losses.nll.tolist()]
             texts[text] = {"perplexity": losses.perplexity().value, "nll": nll, "seqlen": losses.seqlen}
@@ -150,11 +164,13 @@ class Bench:
     """Name of a cell's model -> what ``quantize`` and ``load`` take."""
     measurement: Measurement
     scratch: Path
-    """Folder for checkpoints while they are measured."""
+    """Folder for checkpoints while they are measured, and for the calibration samples that they share."""
     flags: Mapping[str, Any] = field(default_factory=dict)
     """Fields of every recipe, for ``quantize``."""
     variants: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     """Method of a cell -> the steps that it stands for, with their options, in order."""
+    caches: Mapping[str, Kept] = field(default_factory=dict)
+    """The ``kv`` of a cell -> what it stands for; of others the name says it, and texts are read in one pass."""
     keep: Path | None = None
     """Folder where checkpoints stay; None: they are removed when they have been measured."""
     threads: int | None = None
@@ -197,7 +213,7 @@ class Bench:
         result = quantize(
             self.models[job.model], output=out, recipe={"steps": steps} if steps else None,
             method=None if steps else job.method, scheme=job.scheme, overwrite=self.keep is not None,
-            trust_remote_code=self.trust_remote_code, **self.flags,
+            shared=self.scratch, trust_remote_code=self.trust_remote_code, **self.flags,
         )  # fmt: skip
         return str(out), {
             "bits_per_weight": round(result.bits_per_weight, 4),
@@ -221,12 +237,17 @@ class Bench:
         return model, tokenizer
 
     def _figures(self, cell: Cell, model: Any, tokenizer: Any) -> Line:
+        from quantkit.eval.kv_memory import cache_facts
         from quantkit.formats.kv import kv_of
         from quantkit.kv.attach import set_kv
 
-        if cell.kv:
-            set_kv(model, kv_of(cell.kv))
-        return self.measurement.figures(model, tokenizer, str(cell))
+        if not cell.kv:
+            return self.measurement.figures(model, tokenizer, str(cell))
+        kept = self.caches.get(cell.kv, Kept(cell.kv, stream=False))
+        set_kv(model, kv_of(kept.method, kept.settings))
+        found = self.measurement.figures(model, tokenizer, str(cell), kept.stream)
+        windows = [text["seqlen"] for text in found["texts"].values()]
+        return found | (cache_facts(model, windows[0], kept.stream) if windows else {})
 
 
 def _failure(cell: Cell, error: Exception) -> Line:

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from quantkit.errors import QuantkitError
-from quantkit.eval.cells import Cell, read_cells
+from quantkit.eval.cells import AS_IT_CAME, Cell, read_cells
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "eval" / "results"
 FILES = ("README.md", "eval/results/README.md")
 TEXT = "novels"
 
@@ -31,6 +32,22 @@ ACTIVATION_METHODS = ("rtn", "smoothquant", "os-plus")
 ACTIVATION_SCHEMES = ("W8A8", "W6A6", "W4A8")
 LEARNED_METHODS = ("rtn", "smoothquant", "os-plus", "omniquant", "affinequant", "hadamard", "flatquant")
 TENSOR_SCHEMES = ("W8A8T", "W6A6T", "W4A8T", "W4A4T")
+KV_STREAMED = (
+    "int8", "kivi-4bit", "kivi-2bit", "nsnquant-2bit", "nsnquant-2bit paper", "rotation-2bit", "nsnquant-1bit",
+    "rotation-1bit",
+)  # fmt: skip
+KV_ALL_CODES = (
+    "kivi-4bit all",
+    "kivi-2bit all",
+    "nsnquant-2bit all",
+    "rotation-2bit",
+    "nsnquant-1bit all",
+    "rotation-1bit",
+)
+KV_MODELS = ("bench-llama", "bench-opt")
+KV_TEXTS = {"novels": "novels-test", "wikitext2": "wikitext2-test"}
+"""In kv.jsonl -> in kv_rival.json."""
+_KV_PLACES = [(model, text) for model in KV_MODELS for text in KV_TEXTS]
 
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[^>]+?) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
@@ -83,7 +100,7 @@ def best_of(
     Raises:
         QuantkitError: a cell is not in the file, or failed.
     """
-    cells = read_cells(ROOT / "eval" / "results" / file)
+    cells = read_cells(RESULTS / file)
 
     def value(method: str, model: str, scheme: str) -> float:
         found = cells.get(Cell(model, method, scheme), {}).get("texts", {}).get(text)
@@ -138,13 +155,59 @@ def _four_bits(text: str = TEXT) -> str:
 
 def _caches(model: str) -> str:
     """How many times smaller than in bfloat16 a cache is, of the shape of one layer of ``model``."""
-    rows = json.loads((ROOT / "eval" / "results" / "bench_kv.json").read_text(encoding="utf-8"))["rows"]
+    rows = json.loads((RESULTS / "bench_kv.json").read_text(encoding="utf-8"))["rows"]
     found = {(row["kv"], row["context"]): row for row in rows if row["model"] == model and row["kv"] != "none"}
     contexts = sorted({context for _, context in found})
     lines = [["keys and values", *(f"{context:,} tokens" for context in contexts), "bits per element"]]
     for kv in dict.fromkeys(kv for kv, _ in found):
         smaller = [f"{found[kv, context]['times_smaller']:.2f}" for context in contexts]
         lines.append([f"`{kv}`", *smaller, f"{found[kv, contexts[-1]]['bits_per_element']:.2f}"])
+    return _table(lines)
+
+
+def _kv_perplexities(names: Sequence[str], rival: bool = False) -> str:
+    """Of both models on both texts, caches down, all with weights as they came; empty: not measured.
+
+    Args:
+        rival: those of kv_rival.json, too.
+    """
+    cells = read_cells(RESULTS / "kv.jsonl")
+    lines = [["keys and values", "bits", "read from codes", *(f"{model}, {text}" for model, text in _KV_PLACES)]]
+    for kv in ("", *names):
+        of = {model: cells.get(Cell(model, AS_IT_CAME, "", kv), {}) for model in KV_MODELS}
+        facts = next((line for line in of.values() if "bits_of_codes" in line), None)
+        start = [f"{facts['bits_of_codes']:.2f}", f"{facts['read_from_codes']:.0%}"] if facts else ["", ""]
+        lines.append(
+            [f"`{kv or 'none'}`", *start, *(_shown(of[model].get("texts", {}).get(text)) for model, text in _KV_PLACES)]
+        )
+    return _table([*lines, *(_rivals() if rival else [])])
+
+
+def _rivals() -> list[list[str]]:
+    rows = json.loads((RESULTS / "kv_rival.json").read_text(encoding="utf-8"))["rows"]
+    found = {(row["kind"], row["fit"], row["model"], row["text"]): row for row in rows}
+    bits = {(row["kind"], row["fit"]): f"{row['bits']:.2f}" for row in rows}
+    return [
+        [f"`{kind}` from {fit}", shown, "100%"]
+        + [_shown(found.get((kind, fit, model, KV_TEXTS[text]))) for model, text in _KV_PLACES]
+        for (kind, fit), shown in bits.items()
+    ]
+
+
+def _shown(measured: Mapping[str, Any] | None) -> str:
+    return f"{measured['perplexity']:#.4g}".removesuffix(".") if measured else ""
+
+
+def _kv_generation() -> str:
+    """Tokens in front of the first that differs."""
+    rows = json.loads((RESULTS / "kv_generation.json").read_text(encoding="utf-8"))["rows"]
+    lines = [
+        ["model", "keys and values", "read from codes", "prompts", "tokens written", "the same at first", "throughout"]
+    ]
+    for row in rows:
+        share, matched = f"{row['read_from_codes']:.0%}", f"{row['matched']:.1f}"
+        counts = [str(row["prompts"]), str(row["new_tokens"])]
+        lines.append([row["model"], f"`{row['kv']}`", share, *counts, matched, str(row["identical"])])
     return _table(lines)
 
 
@@ -157,6 +220,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "four bits": _four_bits,
     "caches": lambda: _caches("llama-3-8b"),
     "caches of heads of 64": lambda: _caches("llama-1b"),
+    "kv perplexities": lambda: _kv_perplexities(KV_STREAMED),
+    "kv rival": lambda: _kv_perplexities(KV_ALL_CODES, rival=True),
+    "kv generation": _kv_generation,
     "four bits wikitext2": lambda: _four_bits("wikitext2"),
     "activations bench-opt": lambda: _activations("bench-opt"),
     "activations per tensor": lambda: _activations("bench-llama", "activations, per tensor", TENSOR_SCHEMES),

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from quantkit.calibrate.text import Text
 from quantkit.errors import QuantkitError, RecipeError
+from quantkit.eval.streaming import streamed_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,6 +85,7 @@ def window_losses(
     max_tokens: int | None = None,
     batch_size: int = 1,
     bos: bool = False,
+    stream: bool = False,
     on_progress: OnProgress | None = None,
 ) -> WindowLosses:
     """Mean loss of ``model`` on every window of ``text``.
@@ -91,6 +93,8 @@ def window_losses(
     Args:
         seqlen: as the next two, for ``token_windows``.
         batch_size: windows per forward pass; changes speed and memory, not the number.
+        stream: read quantised keys and values as they are held when each token comes (``streaming.py``); False: as they
+            are held at the end of a window.
         on_progress: called with (what, windows done, windows in all).
 
     Raises:
@@ -102,11 +106,12 @@ def window_losses(
     losses = []
     for first in range(0, count, batch_size):
         batch = windows.tokens[first : first + batch_size]
-        losses.append(_summed_losses(model, batch))
+        losses.append(_summed_losses(model, batch, stream))
         check_finite(losses[-1], first, text)
         if on_progress:
             on_progress(f"perplexity of {text.name}", first + len(batch), count)
-    return WindowLosses(torch.cat(losses) / (length - 1), length, windows.protocol)
+    how = "; keys and values read as they are held when each token comes" if stream else ""
+    return WindowLosses(torch.cat(losses) / (length - 1), length, windows.protocol + how)
 
 
 def token_windows(
@@ -196,17 +201,21 @@ def _cut(stream: Tensor, seqlen: int, bos_id: int | None, text: Text) -> Tensor:
 
 
 @torch.inference_mode()
-def _summed_losses(model: PreTrainedModel, batch: Tensor) -> Tensor:
+def _summed_losses(model: PreTrainedModel, batch: Tensor, stream: bool) -> Tensor:
     """[B] float64: sum of -log p over the predicted tokens of each window of batch [B, T].
 
     Only a few rows of logits are float32 at a time.
     """
-    logits = model(input_ids=batch.to(model.device), use_cache=False).logits  # [B, T, V]
-    targets = batch.to(logits.device)
-    total = torch.zeros(len(batch), dtype=torch.float64, device=logits.device)
-    for number, (window, tokens) in enumerate(zip(logits[:, :-1], targets[:, 1:], strict=True)):
-        for rows, wanted in zip(window.split(TOKENS_PER_CHUNK), tokens.split(TOKENS_PER_CHUNK), strict=True):
-            total[number] += cross_entropy(rows.float(), wanted, reduction="none").double().sum()
+    tokens = batch.to(model.device)
+    passes = streamed_logits(model, tokens) if stream else iter([model(input_ids=tokens, use_cache=False).logits])
+    total, first = torch.zeros(len(batch), dtype=torch.float64, device=model.device), 1
+    for logits in passes:  # [B, some of the T, V]
+        targets = tokens[:, first : first + logits.shape[1]].to(logits.device)
+        total = total.to(logits.device)
+        for number, (window, wanted) in enumerate(zip(logits[:, : targets.shape[1]], targets, strict=True)):
+            for rows, after in zip(window.split(TOKENS_PER_CHUNK), wanted.split(TOKENS_PER_CHUNK), strict=True):
+                total[number] += cross_entropy(rows.float(), after, reduction="none").double().sum()
+        first += logits.shape[1]
     return total.cpu()  # once: every look at a GPU's result waits for it
 
 

@@ -12,6 +12,12 @@ The file says what to run; paths in it are relative to ``--root``:
     tables:
       - {models: [bench-llama], methods: [rtn, sinq], schemes: [W4A16G64, W3A16G64]}
 
+A table may name caches (``quantkit methods``), for the model as it came and for all that the table makes of it, which
+may be nothing. Texts are read as a model that writes them reads its cache (``streaming.py``). A cache with settings of
+its own, or one that is read in one pass, has a name under ``caches``:
+
+    caches: {nsnquant-2bit one pass: {method: nsnquant-2bit, settings: {sink: 0, min_recent: 0}, stream: false}}
+
 A method with options of its own has a name under ``variants``, which a table may use like any other:
 
     variants: {flatquant without matrices: {flatquant: {matrices: false}, rtn: {}}}
@@ -34,7 +40,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from quantkit.errors import RecipeError
-from quantkit.eval.cells import AS_IT_CAME, Bench, Cell, Line, Measurement, missing_cells, run_cells
+from quantkit.eval.cells import AS_IT_CAME, Bench, Cell, Kept, Line, Measurement, missing_cells, run_cells
 
 
 class _Strict(BaseModel):
@@ -52,8 +58,26 @@ class Table(_Strict):
     """Every method at every scheme on every model."""
 
     models: tuple[str, ...]
-    methods: tuple[str, ...]
-    schemes: tuple[str, ...]
+    methods: tuple[str, ...] = ()
+    schemes: tuple[str, ...] = ()
+    caches: tuple[str, ...] = Field((), description="empty: as the scheme says")
+
+    def cells(self) -> list[Cell]:
+        """Each model's own figure first."""
+        found = []
+        for model in self.models:
+            kept = [(AS_IT_CAME, ""), *((method, scheme) for scheme in self.schemes for method in self.methods)]
+            found += [Cell(model, AS_IT_CAME, "")]
+            found += [Cell(model, *made, kv) for made in kept for kv in self.caches or ("",)]
+        return found
+
+
+class Cache(_Strict):
+    """A way to keep keys and values, and to read them."""
+
+    method: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+    stream: bool = Field(True, description="as text is generated; false: a window in one pass")
 
 
 class Sweep(_Strict):
@@ -67,6 +91,8 @@ class Sweep(_Strict):
     variants: dict[str, dict[str, dict[str, Any]]] = Field(
         default_factory=dict, description="name -> the steps of a recipe with their options, in order"
     )
+    caches: dict[str, Cache] = Field(default_factory=dict, description="name -> what it stands for")
+    batch_size: int = Field(8, ge=1, description="windows at a time: changes speed and memory, not the numbers")
     tables: tuple[Table, ...]
 
     @field_validator("models", mode="before")
@@ -75,14 +101,8 @@ class Sweep(_Strict):
         return {name: {"path": model} if isinstance(model, str) else model for name, model in models.items()}
 
     def cells(self) -> list[Cell]:
-        """Each once, in the order of the tables; a model's own figure first."""
-        found: dict[Cell, None] = {}
-        for table in self.tables:
-            for model in table.models:
-                found[Cell(model, AS_IT_CAME, "")] = None
-                for scheme in table.schemes:
-                    found |= {Cell(model, method, scheme): None for method in table.methods}
-        return list(found)
+        """Each once, in the order of the tables."""
+        return list(dict.fromkeys(cell for table in self.tables for cell in table.cells()))
 
 
 def main(
@@ -155,12 +175,18 @@ class _Folders:
                 texts={name: self._text(text) for name, text in sweep.texts.items()},
                 seqlen=sweep.seqlen,
                 max_tokens=sweep.max_tokens,
+                batch_size=sweep.batch_size,
             ),
             scratch=self.scratch,
             flags={"calibration": calibration},
             variants=sweep.variants,
+            caches={kv: self._kept(kv) for kv in {cell.kv for cell in sweep.cells()} if kv},
             threads=1,
         )
+
+    def _kept(self, kv: str) -> Kept:
+        known = self.sweep.caches.get(kv, Cache(method=kv))
+        return Kept(known.method, known.settings, known.stream)
 
     def _folder(self, name: str) -> Path:
         model = self.sweep.models[name]
@@ -173,7 +199,7 @@ class _Folders:
 
 
 def _describe(line: Mapping[str, Any]) -> str:
-    where = f"{line['model']}, {line['method']} {line['scheme']}".strip()
+    where = f"{line['model']}, {line['method']} {line['scheme']}".strip() + f" {line.get('kv', '')}".rstrip()
     if "error" in line:
         return f"{where}: {line['error']}"
     return f"{where}: " + ", ".join(f"{name} {text['perplexity']:.2f}" for name, text in line["texts"].items())

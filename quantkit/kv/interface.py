@@ -41,6 +41,10 @@ class Store(Protocol):
     def grain(self) -> tuple[int, int]:
         """(s, g): number s of the tokens held, and every g-th behind it, begins something that is encoded as one."""
 
+    def coded_after(self, tokens: int) -> int:
+        """How many of its first ``tokens`` a store holds as codes that got them one by one; the others are as they
+        came."""
+
     def append(self, states: Tensor) -> Tensor:
         """Take in ``states`` [batch, heads, tokens, head_dim] behind what is held.
 

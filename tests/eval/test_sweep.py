@@ -109,3 +109,32 @@ def test_a_variant_is_a_method_with_options(root):
     plain, searched = (cells[Cell("tiny", name, "W2A16G32")]["texts"]["words"] for name in methods)
     assert "error" not in cells[Cell("tiny", "searched range", "W2A16G32")]
     assert plain["nll"] != searched["nll"]
+
+
+def test_caches_are_read_as_text_is_generated_or_in_one_pass(root):
+    kept = {"preset": "paper", "window": 16}
+    plan = PLAN | {
+        "seqlen": 32,
+        "caches": {
+            "stream": {"method": "nsnquant-2bit", "settings": kept},
+            "one pass": {"method": "nsnquant-2bit", "settings": kept, "stream": False},
+        },
+        "tables": [
+            {"models": ["tiny"], "caches": ["stream", "one pass", "rotation-1bit"]},
+            {"models": ["tiny"], "methods": ["rtn"], "schemes": ["W4A16G32"], "caches": ["int8"]},
+        ],
+    }
+    (root / "plan.yaml").write_text(yaml.safe_dump(plan))
+    run(root)
+    cells = read_cells(root / "out.jsonl")
+    as_it_came = Cell("tiny", AS_IT_CAME, "")
+    kvs = ["stream", "one pass", "rotation-1bit"]
+    quantised = Cell("tiny", "rtn", "W4A16G32", "int8")
+    both = [as_it_came._replace(kv="int8"), quantised]
+    assert list(cells) == [as_it_came, *(as_it_came._replace(kv=kv) for kv in kvs), *both]
+    stream, one_pass, scalar = (cells[as_it_came._replace(kv=kv)] for kv in kvs)
+    assert stream["read_from_codes"] < one_pass["read_from_codes"] == scalar["read_from_codes"] == 1
+    assert stream["bits_of_codes"] == one_pass["bits_of_codes"] > 2
+    assert len({line["texts"]["words"]["perplexity"] for line in cells.values()}) == 6
+    assert cells[quantised]["stream"] is True
+    assert "bits_of_codes" not in cells[as_it_came]

@@ -11,6 +11,7 @@ A table stands between two lines; what is between them is replaced:
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,13 @@ WEIGHT_SCHEMES = ("W4A16G64", "W3A16G64", "W2A16G64")
 ACTIVATION_METHODS = ("rtn", "smoothquant", "os-plus")
 ACTIVATION_SCHEMES = ("W8A8", "W6A6", "W4A8")
 LEARNED_METHODS = ("rtn", "smoothquant", "os-plus", "omniquant", "affinequant", "hadamard", "flatquant")
+LEARNED_SCHEMES = ("W4A4", "W4A4KV4", "W3A3", "W4A8")
+LEARNED_WEIGHTS = ("W3A16G64", "W2A16G64")
+LEARNED_WEIGHT_METHODS = ("rtn", "hadamard", "omniquant", "affinequant")
+FLATQUANT_PARTS = (
+    "rtn", "diagonal", "matrices", "diagonal, matrices", "diagonal, clips", "diagonal, matrices, weight clips",
+    "flatquant",
+)  # fmt: skip
 TENSOR_SCHEMES = ("W8A8T", "W6A6T", "W4A8T", "W4A4T")
 KV_STREAMED = (
     "int8", "kivi-4bit", "kivi-2bit", "nsnquant-2bit", "nsnquant-2bit paper", "rotation-2bit", "nsnquant-1bit",
@@ -89,13 +97,19 @@ def with_tables(text: str, where: str) -> str:
 
 
 def best_of(
-    heading: str, file: str, methods: Sequence[str], columns: Sequence[tuple[str, str, str]], text: str = TEXT
+    heading: str,
+    file: str,
+    methods: Sequence[str],
+    columns: Sequence[tuple[str, str, str]],
+    text: str = TEXT,
+    gaps: bool = False,
 ) -> str:
     """Perplexities to four digits or more, methods down; the lowest of a column in bold, unless all are the same.
 
     Args:
         file: of ``eval/results``.
         columns: (heading, model, scheme).
+        gaps: what is not in the file is left empty.
 
     Raises:
         QuantkitError: a cell is not in the file, or failed.
@@ -105,6 +119,8 @@ def best_of(
     def value(method: str, model: str, scheme: str) -> float:
         found = cells.get(Cell(model, method, scheme), {}).get("texts", {}).get(text)
         if found is None:
+            if gaps:
+                return math.inf
             raise QuantkitError(f"eval/results/{file} has no {method} {scheme} of {model} on {text}.")
         return float(found["perplexity"])
 
@@ -120,9 +136,16 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def _column(values: Sequence[float]) -> list[str]:
-    shown = [f"{value:#.4g}".removesuffix(".") if value < 1000 else f"{value:.0f}" for value in values]
+    shown = [_perplexity(value) for value in values]
     best = {text for text, value in zip(shown, values, strict=True) if value == min(values)}
     return [f"**{text}**" if text in best and len(set(shown)) > 1 else text for text in shown]
+
+
+def _perplexity(value: float) -> str:
+    """Empty: infinite, which stands for what was not measured."""
+    if value >= 1000:
+        return "" if math.isinf(value) else f"{value:.0f}"
+    return f"{value:#.4g}".removesuffix(".")
 
 
 def _side_by_side(model: str, harder: str, schemes: Sequence[str]) -> list[tuple[str, str, str]]:
@@ -151,6 +174,24 @@ def _activations(model: str, heading: str = "activations, too", schemes: Sequenc
 def _four_bits(text: str = TEXT) -> str:
     columns = _side_by_side("bench-llama", "outliers", ("W4A4",))
     return best_of("weights and activations of 4 bits", "learned.jsonl", LEARNED_METHODS, columns, text)
+
+
+def _learned(model: str, schemes: Sequence[str], methods: Sequence[str] = LEARNED_METHODS) -> str:
+    both = [way for method in methods for way in (method, "gptq" if method == "rtn" else f"{method}+gptq")]
+    columns = [(scheme.removesuffix("A16G64"), model, scheme) for scheme in schemes]
+    if "A16" not in schemes[0]:
+        columns += [(f"outliers, {scheme}", f"{model} outliers", scheme) for scheme in schemes]
+    return best_of("transform, rounding", "learned.jsonl", both, columns, gaps=True)
+
+
+def _blimp() -> str:
+    rows = json.loads((RESULTS / "blimp.json").read_text(encoding="utf-8"))["rows"]
+    same = {True: "the same", False: "another"}
+    lines = [["bench-llama", "sets", "pairs", "accuracy", "plain lm-eval"]]
+    for row in rows:
+        counts = [str(row["sets"]), f"{row['pairs']:,}"]
+        lines.append([f"`{row['model']}`", *counts, f"{row['accuracy']:.2%}", same[row["equal"]]])
+    return _table(lines)
 
 
 def _caches(model: str) -> str:
@@ -195,7 +236,7 @@ def _rivals() -> list[list[str]]:
 
 
 def _shown(measured: Mapping[str, Any] | None) -> str:
-    return f"{measured['perplexity']:#.4g}".removesuffix(".") if measured else ""
+    return _perplexity(measured["perplexity"]) if measured else ""
 
 
 def _kv_generation() -> str:
@@ -224,6 +265,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "kv rival": lambda: _kv_perplexities(KV_ALL_CODES, rival=True),
     "kv generation": _kv_generation,
     "four bits wikitext2": lambda: _four_bits("wikitext2"),
+    "learned bench-llama": lambda: _learned("bench-llama", LEARNED_SCHEMES),
+    "learned bench-opt": lambda: _learned("bench-opt", LEARNED_SCHEMES),
+    "learned weights bench-llama": lambda: _learned("bench-llama", LEARNED_WEIGHTS, LEARNED_WEIGHT_METHODS),
+    "learned weights bench-opt": lambda: _learned("bench-opt", LEARNED_WEIGHTS, LEARNED_WEIGHT_METHODS),
+    "flatquant parts": lambda: best_of(
+        "of flatquant", "flatquant.jsonl", FLATQUANT_PARTS, [("outliers, W4A4", "bench-llama outliers", "W4A4")]
+    ),
+    "blimp": _blimp,
     "activations bench-opt": lambda: _activations("bench-opt"),
     "activations per tensor": lambda: _activations("bench-llama", "activations, per tensor", TENSOR_SCHEMES),
     "activations per tensor bench-opt": lambda: _activations("bench-opt", "activations, per tensor", TENSOR_SCHEMES),

@@ -33,3 +33,10 @@ def test_marks_that_cannot_be_filled():
         generated.with_tables("<!-- table: weights -->\n", "x.md")
     with pytest.raises(QuantkitError, match=r"weights.jsonl has no rtn W5A16 of bench-llama on novels"):
         generated.best_of("", "weights.jsonl", ["rtn"], [("", "bench-llama", "W5A16")])
+
+
+def test_what_is_not_measured_yet_is_left_empty():
+    columns = [("", "bench-llama", scheme) for scheme in ("W4A16G64", "W5A16")]
+    rows = generated.best_of("", "weights.jsonl", ["rtn", "sinq"], columns, gaps=True).splitlines()[2:]
+    assert all(row.endswith(" |  |") for row in rows)
+    assert "55.12" in rows[0]

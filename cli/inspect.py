@@ -171,6 +171,6 @@ def _print_kernels(layers: Sequence[LayerReport], device: str, as_json: bool) ->
         ],
     )
     passed_over = Counter((name, why) for layer in reasons for name, why in layer.items())
-    print(f"on {where}; passed over:")
+    print(f"on {where}; passed over:" if passed_over else f"on {where}; nothing was passed over")
     for (name, why), count in passed_over.items():
         print(f"  {name}: {why} ({count} of {len(layers)} layers)")

@@ -12,6 +12,8 @@ from math import inf, isnan
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+from quantkit.eval.bench_gpu_gemlite import NAME, OURS
+
 Figures = Mapping[str, Sequence[Mapping[str, Any]]]
 """Name of a part -> its rows."""
 
@@ -83,6 +85,17 @@ def _kernels(found: Figures, kernel: str, against: str) -> Iterator[float]:
             yield row["ratio"]
 
 
+def _beside_gemlite(found: Figures) -> Iterator[float]:
+    """gemlite's time over ours, of every layer that both were timed on."""
+    seconds: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in found.get("gemlite", ()):
+        if "seconds" in row:  # the note that it is not installed has none
+            case = (tuple(row["shape"]), row["scheme"], row["rows"])
+            seconds.setdefault(case, {})[row["implementation"]] = row["seconds"]
+    both = (times for times in seconds.values() if {NAME, OURS} <= times.keys())
+    return (times[NAME] / times[OURS] for times in both)
+
+
 def _decoding(found: Figures) -> Iterator[float]:
     return (row["speedup"] for row in found.get("models", ()) if row["model"] == "W4A16G128")
 
@@ -108,6 +121,7 @@ TARGETS = (
     _faster("W8A8", _MANY, 1.6),
     _faster("W4A8", _MANY, 1.4),
     _faster("W4A8G128", _MANY, 1.4),
+    Target("layers that gemlite takes, any number of rows: its time over ours", 1, True, "x", _beside_gemlite),
     Target("Kronecker product + quantise, 2048 rows: its time over that of the product it feeds", 0.1, False, "x",
            partial(_kernels, kernel="kronecker + quantise", against="product")),
     Target("norm + quantise, 2048 rows: its time over that of a copy", 1.3, False, "x",

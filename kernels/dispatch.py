@@ -24,6 +24,7 @@ from torch import Tensor
 from quantkit.errors import QuantkitError
 from quantkit.kernels import reference
 from quantkit.kernels.cpu import int4, int8, int8_weights
+from quantkit.kernels.lacking import Lacking, say_once
 from quantkit.kernels.triton import integer, weight_only
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Implementation(NamedTuple):
     name: str
     refuses: Callable[[QuantLinear, torch.device], str | None]
     """(layer, device) -> why it cannot run this layer there, None if it can. Looks at sizes, format and dtype only: the
-    layer may have no data, and be elsewhere."""
+    layer may have no data, and be elsewhere. What the machine is to blame for is ``Lacking``."""
     run: Callable[[Tensor, QuantLinear, Any], Tensor]
     """(x [..., in_features] on the layer's device and in its dtype, layer, what ``layout.pack`` returned) ->
     [..., out_features]: what is done to the input, product and bias. Without gradient. May be called with any number
@@ -164,7 +165,8 @@ def prepare(layer: QuantLinear) -> Runtime:
             return layer.runtime
         layer.unpack()
         device = layer.weight_scale.device
-        able = [row for row in IMPLEMENTATIONS if row.refuses(layer, device) is None]
+        against = [row.refuses(layer, device) for row in IMPLEMENTATIONS]
+        able = [row for row, reason in zip(IMPLEMENTATIONS, against, strict=True) if reason is None]
         offloaded = _is_offloaded(layer)
         layout, packed = None, None
         for candidate in dict.fromkeys(row.layout for row in able if row.layout is not None):
@@ -172,6 +174,10 @@ def prepare(layer: QuantLinear) -> Runtime:
             if packed is not None:
                 layout = candidate
                 break
+        if all(row.layout is None for row in able):
+            for reason in against:
+                if isinstance(reason, Lacking):
+                    say_once(device.type, reason)
         if layout is not None and layout.restore is not None:
             layer._buffers[layer.weight_name] = None
         runtime = Runtime(

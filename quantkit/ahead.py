@@ -156,7 +156,7 @@ class Ahead:
         if index == last:
             streams.block += 1
         else:
-            streams.advance({"float": self._quantizer.float_module(index)})
+            streams.advance({"float": self._quantizer.dense.float_module(index)})
 
     def _inputs(self, index: int) -> Path:
         return self._folder / str(index)

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from quantkit.dense_blocks import DenseBlocks
 from quantkit.errors import QuantkitError
-from quantkit.formats.kv import KVFormat, LearnedKV
-from quantkit.formats.layer import LayerFormat, LayerInputs, from_tensors, input_tensors, stored_bytes, weight_tensors
+from quantkit.formats.layer import LayerFormat, LayerInputs, input_tensors, stored_bytes, weight_tensors
 from quantkit.formats.quantized import QuantizedWeight
 from quantkit.kernels.online import restore
-from quantkit.kv.attach import attentions, quantise_kv, unlearned
-from quantkit.layers.simulate import simulate_inputs
 from quantkit.models.block import Block
 from quantkit.models.checkpoint import Checkpoint
 from quantkit.models.skeleton import Skeleton
@@ -67,6 +65,7 @@ class BlockQuantizer:
         self._recipe = plan.recipe
         self._skeleton = skeleton
         self._checkpoint = checkpoint
+        self.dense = DenseBlocks(plan, skeleton, checkpoint)
         self._warn = warn
         self._note = note
 
@@ -93,7 +92,7 @@ class BlockQuantizer:
         statistics = self._observe_for_rounding(state, session) if session and names else None
         reference = None
         if tuned and tuned.module.needs_reference(tuned.config):
-            reference = self._dense_module(state, None)
+            reference = self.dense.module_of(state, None)
         self._round_all(state, result, statistics)
         del statistics
         formats = {name.removeprefix(block.prefix): layer for name, layer in result.formats.items()}
@@ -108,10 +107,10 @@ class BlockQuantizer:
             stored = input_tensors(state.input_of(name), layer, columns, self._plan.scale_dtype)
             for suffix, tensor in stored.items():
                 result.tensors[self._skeleton.checkpoint_name(f"{block.prefix}{name}.{suffix}")] = tensor
-        for path, held in self._held_kv(block.index, state.kv).items():
+        for path, held in self.dense.held_kv(block.index, state.kv).items():
             for suffix, tensor in held.tensors().items():
                 result.tensors[self._skeleton.checkpoint_name(f"{block.prefix}{path}.{suffix}")] = tensor
-        result.module = self._dense_module(state, formats)
+        result.module = self.dense.module_of(state, formats)
         return result
 
     def solve(self, block: Block, session: Session) -> list[Solution]:
@@ -135,80 +134,11 @@ class BlockQuantizer:
         ]
         return Transformed(block, names, self._plan.scale_dtype, self._warn), broken
 
-    def float_module(self, index: int) -> nn.Module:
-        """Block ``index`` as it came, float32."""
-        block = self._skeleton.read_block(index, self._checkpoint)
-        return self._skeleton.build_block(index, block.tensors, torch.float32)
-
-    def restore(self, index: int, event: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-        """The dense module of a block that an earlier run finished, as ``QuantisedBlock.module``.
-
-        Args:
-            event: the block's line in the run record.
-            tensors: checkpoint name -> tensor of its shard.
-        """
-        prefix = self._skeleton.block_prefix(index)
-        dense: dict[str, Tensor] = {}
-        formats: dict[str, LayerFormat] = {}
-        inputs: dict[str, LayerInputs] = {}
-        for row in event["layers"]:
-            layer = LayerFormat.model_validate(row["format"])
-            local, stored = row["layer"].removeprefix(prefix), row["stored"]
-            own = {name.removeprefix(f"{stored}."): t for name, t in tensors.items() if name.startswith(f"{stored}.")}
-            weight, inputs[local] = from_tensors(own, layer)
-            formats[local] = layer
-            dense[f"{local}.weight"] = weight.dequantize()
-        for local in self._skeleton.block_tensors(index):
-            if local not in dense:
-                dense[local] = tensors[self._skeleton.checkpoint_name(prefix + local)]
-        module = self._skeleton.build_block(index, dense, torch.float32)
-        simulate_inputs(module, formats, inputs, self._skeleton.expert_names)
-        learned = {}
-        for path, held in self._held_kv(index, {}).items():
-            names = {suffix: self._skeleton.checkpoint_name(f"{prefix}{path}.{suffix}") for suffix in held.tensors()}
-            learned[path] = LearnedKV(**{suffix: tensors[name] for suffix, name in names.items()})
-        self._round_kv(module, index, learned)
-        return module
-
     def kept_dtype(self, stored: torch.dtype) -> torch.dtype:
         """The dtype of a tensor that is not quantised: the one it had, or the one the recipe asks for."""
         if self._recipe.dtype == "auto" or not stored.is_floating_point:
             return stored
         return self._plan.scale_dtype
-
-    def _dense_module(self, state: Transformed, formats: Mapping[str, LayerFormat] | None) -> nn.Module:
-        """A float32 block of the tensors as they are, which shares their memory.
-
-        Args:
-            formats: linears whose input is rounded as well, if their format says so; keys and values are, too, if the
-                plan says so. None: nothing is rounded on its way.
-        """
-        module = self._skeleton.build_block(state.block.index, state.block.tensors, torch.float32)
-        changed = dict(formats or {})
-        for name in state.inputs:
-            changed.setdefault(name, LayerFormat(weights=self._format(state.block, name).weights))
-        simulate_inputs(module, changed, state.inputs, self._skeleton.expert_names)
-        if formats is not None:
-            self._round_kv(module, state.block.index, state.kv)
-        return module
-
-    def _round_kv(self, module: nn.Module, index: int, learned: Mapping[str, LearnedKV]) -> None:
-        """Make a block round its keys and values, if the plan says so, by what was learned about them."""
-        if self._plan.kv is not None:
-            quantise_kv(module, self._plan.kv, self._held_kv(index, learned))
-
-    def _held_kv(self, index: int, learned: Mapping[str, LearnedKV]) -> dict[str, LearnedKV]:
-        """What the attentions of block ``index`` hold, as it is stored: what was learned, if the plan lets it be."""
-        kv = self._plan.kv
-        if not isinstance(kv, KVFormat) or not kv.learned_clips:
-            return {}
-        found = attentions(self._skeleton.block_module(index))
-        return {one.path: learned.get(one.path) or unlearned(kv, one, self._plan.scale_dtype) for one in found}
-
-    def _format(self, block: Block, name: str) -> LayerFormat:
-        planned = self._plan.layer(block.prefix + name).format
-        assert planned is not None
-        return planned
 
     # --- looking -----------------------------------------------------------------------------------------------------
 
@@ -226,10 +156,10 @@ class BlockQuantizer:
         formats: Mapping[str, LayerFormat] | None,
     ) -> tuple[nn.Module, BlockStatistics]:
         """The block as it is, and what enters its modules ``names``."""
-        module = self._dense_module(state, formats)
+        module = self.dense.module_of(state, formats)
         want: Any = step.statistics
         rounds = formats is not None and (self._recipe.scheme.activations or self._plan.kv)
-        reference = self._dense_module(state, None) if "cross" in want and rounds else None
+        reference = self.dense.module_of(state, None) if "cross" in want and rounds else None
         statistics = session.observe(module, names, want, reference=reference, stream=step.stream)
         for path, samples in sorted(statistics.nonfinite.items()):
             self._warn(
@@ -243,7 +173,7 @@ class BlockQuantizer:
         if not step.statistics:
             return None
         # Where inputs are rounded at run time, they are here.
-        formats = {name: self._format(state.block, name) for name in state.quantised}
+        formats = {name: self.dense.format_of(state.block, name) for name in state.quantised}
         _, statistics = self._observe(state, session, step, state.quantised, formats)
         return statistics
 
@@ -264,13 +194,15 @@ class BlockQuantizer:
             observed = None
             if session and state.quantised and step.needs_data:
                 module, statistics = self._observe(state, session, step, readers, None)
-                lessons = session.lessons(module, readers, lambda module: self._round_kv(module, block.index, state.kv))
+                lessons = session.lessons(
+                    module, readers, lambda module: self.dense.round_kv(module, block.index, state.kv)
+                )
                 observed = Observed(statistics, session.replays(module, state.quantised), lessons)
             situation = Situation(
                 block=block,
                 linears=state.quantised,
                 scheme=self._recipe.scheme,
-                weights_of=lambda name: self._format(block, name).weights,
+                weights_of=lambda name: self.dense.format_of(block, name).weights,
                 scale_dtype=self._plan.scale_dtype,
                 rounding=self._plan.steps.rounding.method.name,
                 seed=self._recipe.seed,
@@ -290,7 +222,7 @@ class BlockQuantizer:
             if info.name not in state.quantised:
                 continue
             name, weight, inputs = block.prefix + info.name, block.weight(info.name), state.input_of(info.name)
-            layer = self._format(block, info.name).with_inputs(inputs)
+            layer = self.dense.format_of(block, info.name).with_inputs(inputs)
             rounded = _limited(weight, state, info.name, layer)
             quantised, facts = self._round(name, info.name, rounded, layer, statistics, prepared)
             stored = weight_tensors(quantised, layer)
@@ -362,7 +294,7 @@ class BlockQuantizer:
         situation = tuning.Situation(
             index=block.index,
             blocks=self._skeleton.num_blocks,
-            module=self._dense_module(state, formats),
+            module=self.dense.module_of(state, formats),
             reference=reference,
             streams=session.streams,
             targets=targets,
@@ -388,7 +320,7 @@ class BlockQuantizer:
             return
         from quantkit.calibrate.ranges import static_range
 
-        module = self._dense_module(state, {})
+        module = self.dense.module_of(state, {})
         statistics = session.observe(module, list(static), ("range", "tokens"), skip_first=0)  # none may be clipped
         for name, layer in static.items():
             assert layer.activations is not None

@@ -193,7 +193,7 @@ class _Run:
                 began = Clock()
                 float_states = None
                 if session and session.carries_float:
-                    float_states = session.outputs(self.quantizer.float_module(index), "float")
+                    float_states = session.outputs(self.quantizer.dense.float_module(index), "float")
                 event = writer.done.get(f"block {index}")
                 if event is None:
                     block = skeleton.read_block(index, self.checkpoint)
@@ -209,7 +209,7 @@ class _Run:
                 else:
                     hidden = load_file(self._probe_file(index))["hidden"]
                     self.formats |= {row["layer"]: LayerFormat.model_validate(row["format"]) for row in event["layers"]}
-                    module = self.quantizer.restore(index, event, writer.read_shard(event)) if session else None
+                    module = self.quantizer.dense.restore(index, event, writer.read_shard(event)) if session else None
                 if session and module:
                     session.advance(module, float_states)
                 del module

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from quantkit.formats.packing import pack_rows, unpack_rows
 from quantkit.kernels.cpu import values
+from quantkit.kernels.lacking import Lacking
 from quantkit.kernels.library import define
 from quantkit.recipe import PER_CHANNEL
 
@@ -71,7 +72,7 @@ def refuses(layer: QuantLinear, device: torch.device) -> str | None:
     if weights.group_size != PER_CHANNEL and weights.group_size % _GROUPS[-1]:
         return f"groups of {weights.group_size} are no multiple of {_GROUPS[-1]}"
     if _block() is None:
-        return "torch's 4-bit operator has no vector code for this processor"
+        return Lacking("torch's 4-bit operator has no vector code for this processor")
     return None
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels.cpu import values
+from quantkit.kernels.lacking import Lacking
 from quantkit.kernels.library import define
 from quantkit.recipe import PER_CHANNEL
 
@@ -66,7 +67,7 @@ def refuses(layer: QuantLinear, device: torch.device) -> str | None:
     if layer.in_features > _MOST_COLUMNS:
         return f"sums of {layer.in_features} products may overflow int32"
     if not (torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()):
-        return "torch's integer product has no vector code for this processor"
+        return Lacking("torch's integer product has no vector code for this processor")
     return None
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantkit.kernels.cpu import values
+from quantkit.kernels.lacking import Lacking
 from quantkit.kernels.library import define
 from quantkit.recipe import PER_CHANNEL
 
@@ -48,7 +49,7 @@ def refuses(layer: QuantLinear, device: torch.device) -> str | None:
     if layer.weight_scale.dtype != torch.bfloat16:
         return f"for bfloat16 models, not {str(layer.weight_scale.dtype).removeprefix('torch.')}"
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        return "torch's 8-bit operator has no vector code for this processor"
+        return Lacking("torch's 8-bit operator has no vector code for this processor")
     return None
 
 

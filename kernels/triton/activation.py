@@ -32,7 +32,7 @@ def refuses(dtype: torch.dtype, device: torch.device, scheme: ActivationScheme) 
     if device.type != "cuda":
         return f"for GPUs, not {device.type}"
     if not compat.AVAILABLE:
-        return "triton is not installed"
+        return compat.MISSING
     if scheme.granularity == "group":
         return f"for one scale per token, not per {scheme.group_size} channels"
     if dtype not in DTYPES:

@@ -40,8 +40,11 @@ class Variant(NamedTuple):
 
 WIDTHS = (896, 4096, 5120, 14336, 28672)
 """Columns of the inputs of linears."""
-COLUMNS = (896, 3584, 4096, 5120, 8192, 11008, 13824, 14336, 18432, 18944, 27648, 28672, 29568)
-"""The same, multiplied by Kronecker products."""
+COLUMNS = (
+    896, 1536, 2048, 2560, 3072, 3584, 4096, 4864, 5120, 7168, 8192, 8960, 9728, 11008, 13824, 14336, 18432, 18944,
+    27648, 28672, 29568,
+)  # fmt: skip
+"""Those of Llama, Qwen and DeepSeek models, multiplied by Kronecker products."""
 HIDDEN = (896, 4096, 5120, 8192, 16384)
 """Columns that norms read."""
 

@@ -247,7 +247,9 @@ def _milliseconds(run: Callable[[Config], None], config: Config) -> float:
 
 def _cache_file(device: Device, family: str) -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "quantkit" / f"{family}-{device.kind}-{device.processors}-{device.name}.json"
+    # What is fastest, and what fits at all, another compiler changes.
+    compiler = f"triton-{compat.version()}"
+    return root / "quantkit" / f"{family}-{device.kind}-{device.processors}-{device.name}-{compiler}.json"
 
 
 def _read(path: Path) -> dict[str, Config]:

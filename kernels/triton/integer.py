@@ -58,7 +58,7 @@ def refuses(layer: QuantLinear, device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"for GPUs, not {device.type}"
     if not compat.AVAILABLE:
-        return "triton is not installed"
+        return compat.MISSING
     if activations is None:
         return "activations are not rounded"
     if activations.granularity == "group":

@@ -89,7 +89,7 @@ def refuses(query: Tensor, keys: View, values: View) -> str | None:
     if not _on_gpu(query):
         return f"for GPUs, not {query.device.type}"
     if not compat.AVAILABLE:
-        return "triton is not installed"
+        return compat.MISSING
     if query.shape[2] != 1:
         return f"for one query, not {query.shape[2]}"
     if query.dtype not in DTYPES:

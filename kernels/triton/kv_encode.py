@@ -40,7 +40,7 @@ def refuses(states: Tensor, coder: Coder) -> str | None:
     if states.device.type != "cuda":
         return f"for GPUs, not {states.device.type}"
     if not compat.AVAILABLE:
-        return "triton is not installed"
+        return compat.MISSING
     if states.dtype not in DTYPES:
         return f"for keys and values of 16 or 32 bits, not {str(states.dtype).removeprefix('torch.')}"
     return unsuited(coder, states.shape[-1]) or weight_only.incapable(states.device)

@@ -52,7 +52,7 @@ def refuses(inputs: LayerInputs, dtype: torch.dtype, device: torch.device, colum
     if device.type != "cuda":
         return f"for GPUs, not {device.type}"
     if not compat.AVAILABLE:
-        return "triton is not installed"
+        return compat.MISSING
     return unsuited(inputs, dtype, columns) or weight_only.incapable(device)
 
 

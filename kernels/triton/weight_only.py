@@ -23,6 +23,7 @@ from torch import Tensor
 
 from quantkit.formats.quantized import NF4_LEVELS
 from quantkit.kernels.cpu import values
+from quantkit.kernels.lacking import Lacking
 from quantkit.kernels.library import define
 from quantkit.kernels.triton import compat, configs, layout
 from quantkit.kernels.triton.configs import Config, Problem
@@ -56,7 +57,7 @@ def refuses(layer: QuantLinear, device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"for GPUs, not {device.type}"
     if not compat.AVAILABLE:
-        return "triton is not installed"
+        return compat.MISSING
     weights, dtype = layer.format.weights, layer.weight_scale.dtype
     if dtype not in (torch.float16, torch.bfloat16):
         return f"for half and bfloat16 models, not {str(dtype).removeprefix('torch.')}"
@@ -67,14 +68,14 @@ def refuses(layer: QuantLinear, device: torch.device) -> str | None:
     return incapable(device)
 
 
-def incapable(device: torch.device) -> str | None:
+def incapable(device: torch.device) -> Lacking | None:
     """Why kernels of this package do not run on the GPU ``device``; None if they do."""
     if not torch.cuda.is_available():
-        return "there is no GPU"
+        return Lacking("there is no GPU")
     kind = configs.device_of(device).kind
     if kind in ("gfx90a", "gfx942", "gfx950") or (kind.startswith("sm_") and int(kind[3:]) >= 80):
         return None
-    return f"for sm_80 and later, gfx90a, gfx942 and gfx950, not {kind}"
+    return Lacking(f"for sm_80 and later, gfx90a, gfx942 and gfx950, not {kind}")
 
 
 def pack(layer: QuantLinear) -> Packed | None:

@@ -59,6 +59,13 @@ def test_a_table_and_the_reasons(folder: Path) -> None:
     assert f"  cpu int4: nf4 codes are not evenly spaced ({layers // 5} of {layers} layers)" in lines
 
 
+def test_nothing_was_passed_over(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", dispatch.IMPLEMENTATIONS[-1:])
+    quantise(tiny("llama", torch.bfloat16), tmp_path / "out", lambda name: layer_format("W4A16G32"), "native")
+    done = CliRunner().invoke(app, ["inspect", str(tmp_path / "out"), "--kernels", "--device", "cpu"])
+    assert done.stdout.splitlines()[-1] == "on cpu; nothing was passed over"
+
+
 def test_no_such_device(folder: Path) -> None:
     done = CliRunner().invoke(app, ["inspect", str(folder), "--kernels", "--device", "cuda:99"])
     assert done.exit_code == 2

@@ -64,10 +64,19 @@ def test_every_bound_is_on_its_side():
         inputs += [{"kernel": kernel, "against": against, "rows": 1, "ratio": 99.0} for kernel, against, _ in kernels]
         inputs += [{"kernel": "kronecker + quantise", "against": "copy", "rows": 2048, "ratio": 9.0}]
         models = [{"model": "dense", "speedup": 1.0}, {"model": "W4A16G128", "speedup": 2.2 * share}]
-        return {"linears": lines, "activations": inputs, "models": models, "errors": [{"error": 0.019 / share}]}
+        times = (("dense", 9.0), ("gemlite", share), ("quantkit", 1.0))
+        beside = [{"shape": [8, 8], "scheme": "W8A8", "rows": rows, "implementation": name, "seconds": seconds}
+                  for rows in (1, 64) for name, seconds in times]  # fmt: skip
+        beside.append({"shape": [8, 8], "scheme": "W8A8", "rows": 256, "implementation": "gemlite", "seconds": 1e-9})
+        return {"linears": lines, "activations": inputs, "models": models, "errors": [{"error": 0.019 / share}],
+                "gemlite": beside}  # fmt: skip
 
     assert {result for result, _, _ in results(figures(1.001)).values()} == {"met"}
     assert {result for result, _, _ in results(figures(0.9)).values()} == {"not met"}
+
+
+def test_without_gemlite_nothing_is_compared_with_it():
+    assert only({"gemlite": [{"note": "gemlite is not installed"}]}, ("gemlite",))[0] == "not measured"
 
 
 def test_an_error_that_is_no_number_is_not_right():
@@ -80,7 +89,8 @@ def test_what_targets_are_about_is_measured():
              for rows in case.rows]  # fmt: skip
     left = [target for target, (result, _, _) in results({"linears": found}).items() if result == "not measured"]
     assert [target.partition(":")[0] for target in left] == [
-        "every kernel", "Kronecker product + quantise, 2048 rows", "norm + quantise, 2048 rows",
+        "every kernel", "layers that gemlite takes, any number of rows", "Kronecker product + quantise, 2048 rows",
+        "norm + quantise, 2048 rows",
         "Llama-3-8B, W4A16G128, decoding",
     ]  # fmt: skip
     assert 2048 in bench_gpu_parts.TOKENS

@@ -15,6 +15,7 @@ from torch import Tensor
 from quantkit.errors import QuantkitError
 from quantkit.kernels import dispatch, reference
 from quantkit.kernels.dispatch import Implementation, Layout
+from quantkit.kernels.lacking import Lacking, say_once
 from quantkit.layers.quant_linear import QuantLinear
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -218,6 +219,33 @@ def test_another_dtype_is_an_error_in_one_line() -> None:
         layer(torch.ones(1, 8, dtype=torch.bfloat16))
     with torch.autocast("cpu", torch.bfloat16):
         assert linear()(torch.ones(1, 8, dtype=torch.bfloat16)).shape == (1, 4)
+
+
+def test_what_the_machine_lacks_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    say_once.cache_clear()
+    layout = Layout("never", lambda layer: None, None)
+    old = row("old", refuses=lambda layer, device: Lacking("for sm_80 and later"), layout=layout)
+    odd = row("odd", refuses=lambda layer, device: "groups of 8", layout=layout)
+    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", (odd, old, REFERENCE))
+    model = torch.nn.Sequential(linear(), linear())
+    dispatch.prepare_all(model)
+    model[0](torch.ones(1, 8))
+    (said,) = caplog.messages  # nothing about groups: that is the layer's doing
+    assert said.startswith("cpu: for sm_80 and later; quantised layers")
+    model.half()  # packed anew, and nothing new about it
+    model[0](torch.ones(1, 8, dtype=torch.float16))
+    assert len(caplog.messages) == 1
+
+
+def test_nothing_is_said_where_another_kernel_runs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    say_once.cache_clear()
+    Negated(monkeypatch)
+    old = row("old", refuses=lambda layer, device: Lacking("for sm_80 and later"))
+    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", (old, *dispatch.IMPLEMENTATIONS))
+    dispatch.prepare(linear())
+    assert not caplog.messages
 
 
 def test_layers_without_data_are_left_alone() -> None:

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from quantkit.kernels.triton import configs, layout
+from quantkit.kernels.triton import compat, configs, layout
 from quantkit.kernels.triton.configs import Config, Device, Problem
 from quantkit.recipe import PER_CHANNEL
 
@@ -77,6 +77,12 @@ def test_measures_only_on_request_and_remembers(tmp_path, monkeypatch):
     configs.choose(problem(3), Device("sm_90", 132, "H200"), lambda config: None)
     assert not timed
     configs.choose(asked, Device("sm_90", 114, "H100"), lambda config: None)
+    assert timed
+
+    timed.clear()
+    monkeypatch.setattr(configs, "_fastest", {})
+    monkeypatch.setattr(compat, "version", lambda: "99.9")  # another compiler: what was fastest may not even fit
+    configs.choose(asked, H200, lambda config: None)
     assert timed
 
 

@@ -298,4 +298,4 @@ def test_measured_tiles_have_a_file_of_their_own(tmp_path, monkeypatch):
     device = configs.Device("sm_90", 132, "H200")
     assert integer_configs.choose(problem, device, lambda config: None).split == 4
     (path,) = (tmp_path / "quantkit").iterdir()
-    assert path.name == "integer-1-sm_90-132-H200.json"
+    assert path.name == f"integer-1-sm_90-132-H200-triton-{compat.version()}.json"

@@ -30,3 +30,14 @@ def test_it_would_notice():
     (function,) = compiled(ast.parse("@jit\ndef f(x):\n    for a, (b, c) in x:\n        return 0 < a < b\n"))
     assert sum(isinstance(node, ast.Compare) and len(node.ops) > 1 for node in ast.walk(function)) == 1
     assert any(isinstance(node, ast.For) and isinstance(node.target.elts[1], ast.Tuple) for node in ast.walk(function))
+
+
+def test_no_launcher_waits_for_the_device():
+    """A graph can be captured of a call only if nothing in it asks for a number of a tensor."""
+    waits = {"item", "tolist", "cpu", "numpy", "nonzero", "synchronize"}
+    launchers = sorted(Path(compat.__file__).parent.glob("*.py"))
+    assert len(launchers) > len(FILES)
+    for file in launchers:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr
+            assert called not in waits, f"{file.name}, line {getattr(node, 'lineno', 0)}: .{called}()"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quantkit.formats.layer import LayerInputs
 from quantkit.kernels import hadamard, input_codes, online
-from quantkit.kernels.triton import activation, compat, configs, transforms
+from quantkit.kernels.triton import activation, activation_report, compat, configs, transforms
 from quantkit.recipe import ActivationScheme
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -95,6 +95,16 @@ def test_kronecker_product_in_columns(interpreted_inputs, left, right, dtype):
     """Rows that no program holds: blocks of columns, of V and of the result, that are short; left filled up to 256."""
     assert not transforms.tile(left, right, "sm_90").whole
     check(rows_of(2, left * right, dtype), kronecker(left, right, dtype))
+
+
+@pytest.mark.parametrize("columns", activation_report.COLUMNS)
+def test_sides_of_models(interpreted_inputs, columns):
+    """The sizes that are compiled, as they are split for FlatQuant."""
+    left, right = online.kronecker_split(columns)
+    inputs = kronecker(left, right, torch.float32)
+    x = rows_of(1, columns, torch.float32)
+    assert transforms.unsuited(inputs, torch.bfloat16, columns) is None
+    assert relative_error(transforms.apply(x, inputs), online.apply(changed(x, inputs).double(), inputs)) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])

@@ -15,6 +15,7 @@ import torch
 from random_layers import exact_product, random_layer, relative_error
 from torch import Tensor
 
+from quantkit.kernels.lacking import Lacking
 from quantkit.kernels.triton import compat, configs, weight_only
 from quantkit.kernels.triton.configs import Config
 
@@ -67,6 +68,16 @@ def test_every_number_of_rows(interpreter, rows):
     assert relative_error(weight_only.run(x, layer, weight_only.pack(layer)), exact_product(x, layer)) < bound
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 31), (129, 65), (128, 257)])
+@pytest.mark.parametrize("scheme", ["W8A16G32", "W4ZA16GC", "W3ZA16G64", "W2SA16GC", "WNF4A16G64"])
+def test_sizes_that_fill_no_tile(interpreter, scheme, rows, columns):
+    """Columns that fill no word of packed codes, either."""
+    layer = random_layer(scheme, rows, columns, bias=True, dtype=torch.float32)
+    x = torch.randn(2, columns)
+    y = weight_only.run(x, layer, weight_only.pack(layer))
+    assert relative_error(y, exact_product(x, layer)) < BOUND[torch.float32]
+
+
 @pytest.mark.parametrize("split", [2, 3, 4])
 def test_programs_that_share_a_tile(interpreter, monkeypatch, split):
     """Four blocks among 2, 3 (one has none) and 4 programs; the counters are ready for the next call; bias once."""
@@ -115,10 +126,12 @@ def test_shapes_and_strides_of_the_input(interpreter):
             assert relative_error(y, exact_product(x, layer)) < BOUND[torch.float16]
 
 
-def test_what_is_not_a_number_stays_in_its_row(interpreter):
-    layer = random_layer("W4ZA16G32", 40, 100, bias=False, dtype=torch.float16)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("scheme", ["W4ZA16G32", "W2SA16GC", "WNF4A16G64"])
+def test_what_is_not_finite_stays_in_its_row(interpreter, scheme, value):
+    layer = random_layer(scheme, 40, 100, bias=False, dtype=torch.float16)
     x = torch.randn(3, 100, dtype=torch.float16)
-    x[1, 99] = float("inf")
+    x[1, 99] = value
     y = weight_only.run(x, layer, weight_only.pack(layer))
     assert not y[1].isfinite().any()
     assert y[[0, 2]].isfinite().all()
@@ -157,13 +170,17 @@ def test_says_what_it_does_not_run(monkeypatch, scheme, dtype, device, reason):
     kind = "sm_75" if reason and "sm_75" in reason else "sm_90"
     monkeypatch.setattr(configs, "device_of", lambda device: configs.Device(kind, 132))
     layer = random_layer(scheme, 40, 96, bias=False, dtype=dtype)
-    assert weight_only.refuses(layer, torch.device(device)) == reason
+    refused = weight_only.refuses(layer, torch.device(device))
+    assert refused == reason
+    assert isinstance(refused, Lacking) == (kind == "sm_75")  # the machine's doing, which is said
 
 
 def test_does_without_triton(monkeypatch):
     monkeypatch.setattr(compat, "AVAILABLE", False)
     layer = random_layer("W4A16G32", 40, 96, bias=False, dtype=torch.float16)
-    assert weight_only.refuses(layer, torch.device("cuda")) == "triton is not installed"
+    refused = weight_only.refuses(layer, torch.device("cuda"))
+    assert refused == "triton is not installed"
+    assert isinstance(refused, Lacking)
 
 
 def test_does_not_pack_what_it_could_not_give_back():

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantkit.cli.console import Progress, say, table
-from quantkit.cli.loaded import Dtype, DtypeOption, FirstDeviceOption, JsonOption, TrustOption, one_device
+from quantkit.cli.loaded import (
+    Dtype,
+    DtypeOption,
+    FirstDeviceOption,
+    JsonOption,
+    KVStreamOption,
+    TrustOption,
+    one_device,
+)
 from quantkit.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -41,6 +49,7 @@ def compare(
             metavar="NAMES", help="ways to keep keys and values, separated by commas, for example none,kivi-2bit"
         ),
     ] = None,
+    kv_stream: KVStreamOption = True,
     ppl: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT", help="text for perplexity, repeatable, as in `quantkit eval`: demo, a file ..."),
@@ -95,8 +104,9 @@ def compare(
         read_tasks(questions)
     where = one_device(device)
     measurement = Measurement(
-        _texts(ppl or ()), seqlen, max_tokens, batch_size, dtype.value, None if where == "cpu" else where, questions
-    )
+        _texts(ppl or ()), seqlen, max_tokens, batch_size, dtype.value, None if where == "cpu" else where, questions,
+        kv_stream,
+    )  # fmt: skip
     samples = {"source": calibration, "nsamples": nsamples, "seqlen": calibration_seqlen, "seed": seed}
     flags: dict[str, Any] = {"calibration": {name: value for name, value in samples.items() if value is not None}}
     wanted = Comparison(

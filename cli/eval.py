@@ -13,6 +13,7 @@ from quantkit.cli.loaded import (
     DtypeOption,
     JsonOption,
     KVOption,
+    KVStreamOption,
     ModelArgument,
     TrustOption,
     load_model,
@@ -33,6 +34,8 @@ quantkit eval out --baseline meta-llama/Llama-3.2-1B --ppl wikitext2 --tasks arc
 quantkit eval out --tasks lambada_openai --num-fewshot 0 --batch-size auto --output-path results/
 
 quantkit eval out --tasks blimp --data texts/blimp
+
+quantkit eval out --baseline meta-llama/Llama-3.2-1B --tasks blimp --limit 200 --data texts/blimp --report report.html
 """
 
 
@@ -87,6 +90,9 @@ def evaluate(
     output_path: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="save the tasks' results there, as lm-eval does")
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="write the results, and the run that made MODEL, as a page")
+    ] = None,
     log_samples: Annotated[
         bool, typer.Option("--log-samples", help="save every document with the answers to it, too")
     ] = False,
@@ -94,6 +100,7 @@ def evaluate(
         Dtype, typer.Option(help="dtype of tasks' log-likelihoods; auto: as lm-eval, the logits'; float32: fewer ties")
     ] = Dtype.auto,
     kv: KVOption = None,
+    kv_stream: KVStreamOption = True,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
     trust_remote_code: TrustOption = False,
@@ -106,27 +113,38 @@ def evaluate(
     about_tasks: dict[str, object] = {"--data": data, "--include-path": include_path, "--output-path": output_path}
     about_tasks |= {"--num-fewshot": num_fewshot, "--limit": limit, "--log-samples": log_samples}
     steps.check_request(model, ppl or (), names, about_tasks)
+    if report:
+        from quantkit.cli.report import check_page
+
+        check_page(report)
     windows, requests = steps.batch_sizes(batch_size)
     texts = steps.read_texts(ppl or (), column)  # before the models, as the tasks: a typing error shows at once
     questions = steps.read_tasks(names, include_path=include_path, data=data, output_path=output_path, quiet=as_json)
 
-    from quantkit.cli.console import Progress
-    from quantkit.cli.eval_output import Found, show
+    from quantkit.cli.console import Progress, say
+    from quantkit.cli.eval_output import Found, as_json_content, show
+    from quantkit.eval.streaming import read_in_words
     from quantkit.loading import check_writes_text
 
     side = load_model(model, dtype, device, trust_remote_code, kv)
     other = load_model(baseline, dtype, device, trust_remote_code) if baseline else None
     for one in (side, other) if other else (side,):
         check_writes_text(one[0], "perplexity" if texts else "asking tasks")
-    found = Found(model, baseline)
+    found = Found(model, baseline, kv_read=read_in_words(side[0], kv_stream))
     with Progress(quiet=as_json) as progress:
         steps.measure_texts(
             found, side, other, texts, prompts=prompts, seqlen=seqlen, max_tokens=max_tokens, batch_size=windows,
-            bos=bos, on_progress=progress.update,
+            bos=bos, stream=kv_stream, on_progress=progress.update,
         )  # fmt: skip
         steps.measure_tasks(
             found, side, other, questions, num_fewshot=num_fewshot, limit=limit, batch_size=requests,
             output_path=output_path, log_samples=log_samples,
-            softmax_dtype=None if softmax_dtype is Dtype.auto else softmax_dtype.value, on_progress=progress.update,
+            softmax_dtype=None if softmax_dtype is Dtype.auto else softmax_dtype.value, stream=kv_stream,
+            on_progress=progress.update,
         )  # fmt: skip
     show(found, as_json=as_json)
+    if report:
+        from quantkit.cli.report import write_evaluation
+
+        write_evaluation(report, model, as_json_content(found))
+        say(f"the report is {report}")

@@ -91,26 +91,28 @@ def read_tasks(
 
 
 def measure_texts(
-    found: Found, side: Side, other: Side | None, texts: Sequence[Text], *, prompts: int, on_progress: OnProgress,
-    **settings: Any,
+    found: Found, side: Side, other: Side | None, texts: Sequence[Text], *, prompts: int, stream: bool,
+    on_progress: OnProgress, **settings: Any,
 ) -> None:  # fmt: skip
     """Perplexity of ``side``, or with another model everything of ``quantkit.eval.fidelity``.
 
     Args:
-        settings: of ``quantkit.eval.perplexity.window_losses``.
+        stream: as ``settings``, of ``quantkit.eval.perplexity.window_losses``.
     """
     from quantkit.eval.fidelity import fidelity
-    from quantkit.eval.kv_memory import filled_cache
+    from quantkit.eval.kv_memory import filled_cache, how_read
     from quantkit.eval.perplexity import perplexity
 
+    settings |= {"stream": stream, "on_progress": on_progress}
     for text in texts:
         if other:
-            compared = fidelity(*side, *other, text, prompts=prompts, on_progress=on_progress, **settings)
+            compared = fidelity(*side, *other, text, prompts=prompts, **settings)
             found.fidelity[text.name], found.perplexity[text.name] = compared, compared.perplexity
         else:
-            found.perplexity[text.name] = perplexity(*side, text, on_progress=on_progress, **settings)
+            found.perplexity[text.name] = perplexity(*side, text, **settings)
     if texts:
         found.cache = filled_cache(side[0], max(one.seqlen for one in found.perplexity.values()))
+        found.how_read = {} if found.cache is None else how_read(side[0], found.cache, stream)
 
 
 def measure_tasks(found: Found, side: Side, other: Side | None, tasks: Tasks | None, **settings: Any) -> None:

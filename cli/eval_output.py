@@ -34,12 +34,16 @@ class Found:
     tasks: ZeroShot | None = None
     baseline_tasks: ZeroShot | None = None
     cache: KVCache | None = None
+    how_read: dict[str, Any] = field(default_factory=dict)
+    """Of ``quantkit.eval.kv_memory``, for the longest windows."""
+    kv_read: str = ""
+    """Of ``read_in_words``."""
 
 
 def show(found: Found, *, as_json: bool) -> None:
     """Print it on stdout."""
     if as_json:
-        print_json(_finite(_json(found)))
+        print_json(as_json_content(found))
         return
     if found.fidelity:
         _show_fidelity(found.fidelity)
@@ -49,6 +53,14 @@ def show(found: Found, *, as_json: bool) -> None:
         _show_tasks(found.tasks, found.baseline_tasks)
     if found.cache is not None:
         print(cache_in_words(found.cache))
+        print(f"{100 * found.how_read['read_from_codes']:.1f} % of the keys and values that tokens read are codes")
+    elif found.kv_read:
+        print(found.kv_read)
+
+
+def as_json_content(found: Found) -> dict[str, Any]:
+    """What ``--json`` prints and a report is made of."""
+    return dict(_finite(_json(found)))
 
 
 def _json(found: Found) -> dict[str, Any]:
@@ -69,7 +81,10 @@ def _json(found: Found) -> dict[str, Any]:
         result["task_changes"] = [
             {"task": task, "metric": metric, **change._asdict()} for (task, metric), change in changes.items()
         ]
-    return result | cache_as_json(found.cache)
+    result |= cache_as_json(found.cache)
+    if found.kv_read:
+        result["kv_read"] = {"how": found.kv_read, **found.how_read}
+    return result
 
 
 def _ratio(one: Fidelity) -> dict[str, Any]:

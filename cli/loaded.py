@@ -38,6 +38,15 @@ KVOption = Annotated[
         "none: in full precision  [default: as the checkpoint says]",
     ),
 ]
+KVStreamOption = Annotated[
+    bool,
+    typer.Option(
+        "--kv-stream/--no-kv-stream",
+        help="let each token read quantised keys and values as they are held when it comes, as while text is "
+        "generated: a call for every packed chunk (kivi: for every token); no: in one pass, as they are held at the "
+        "end of a window or question",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
 

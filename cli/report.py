@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +24,8 @@ EXAMPLES = """Examples:
 quantkit report out
 
 quantkit eval out --baseline demo --ppl demo --json > eval.json; quantkit report out --eval eval.json
+
+quantkit eval out --baseline demo --ppl demo --report out/report.html
 
 quantkit report out --baseline demo --text demo --layers '*.0.*' --output pictures.html
 """
@@ -158,6 +160,42 @@ def write_run(
 
     weights = weight_pictures(found, record.layers[:HISTOGRAMS]) if record.end else []
     write_page(path, run_page(record, measured=measured, weights=weights, looked=looked))
+
+
+def write_evaluation(path: Path, model: str, content: Mapping[str, Any]) -> None:
+    """The page of what was measured: with that of the run, if ``model`` is an output folder of ``quantkit quantize``.
+
+    Args:
+        content: what ``quantkit eval --json`` prints.
+
+    Raises:
+        QuantkitError: as ``write_run``.
+    """
+    from quantkit.eval.report.measured import gather
+    from quantkit.eval.report.page import measured_page
+    from quantkit.eval.report.record import load_record
+    from quantkit.formats.writer import RUN_RECORD
+
+    folder = Path(model)
+    if (folder / RUN_RECORD).is_file():
+        record = load_record(folder)
+        write_run(path, folder, record, gather({"of this run": content}, record.model))
+    else:
+        write_page(path, measured_page(model, gather({"of this run": content}, "")))
+
+
+def check_page(path: Path) -> None:
+    """Called before hours of work.
+
+    Raises:
+        QuantkitError: what draws the pictures is not installed.
+        RecipeError: a page cannot be written there.
+    """
+    from quantkit.eval.report.drawing import check_libraries
+
+    check_libraries()
+    if path.is_dir() or not path.parent.is_dir():
+        raise RecipeError(f"--report {path} {'is a folder' if path.is_dir() else 'is in no folder'}; name a file.")
 
 
 def write_page(path: Path, page: str) -> None:

@@ -348,11 +348,11 @@ def _command(path: str, command: Any, context: Any) -> str:
 
 def _names(record: str) -> tuple[str, str]:
     """``-o, --output <path>`` -> its names as code, and what kind of value follows; ``MODEL <str>`` likewise."""
-    found = re.fullmatch(r"((?:-[\w-]+,? ?)+|\S+) ?(.*)", record)
+    found = re.fullmatch(r"((?:-[\w-]+,? ?/? ?)+|\S+) ?(.*)", record)
     if found is None:
         raise ValueError(f"a parameter of the command line reads '{record}'")
     value = re.sub(r"list\[(\w+)\]", r"\1", found[2].strip("<>"))
-    names = ", ".join(f"`{name}`" for name in found[1].strip().split(", "))
+    names = ", ".join(f"`{name}`" for name in re.split(r", | ?/ ?", found[1].strip()))
     return names, _METAVARS.get(value, escape(value.replace("|", ", ")))
 
 

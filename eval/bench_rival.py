@@ -74,7 +74,9 @@ def main(
                 row |= {"fit_cpu_seconds": round(time.process_time() - started, 1), "codebook_bytes": _bytes(kept)}
                 use_coupled(model, kept)
                 for other in measured_on:
-                    losses = window_losses(model, tokenizer, other, seqlen=seqlen, max_tokens=max_tokens, batch_size=8)
+                    losses = window_losses(
+                        model, tokenizer, other, seqlen=seqlen, max_tokens=max_tokens, batch_size=8, stream=False
+                    )
                     nll = [round(value, 5) for value in losses.nll.tolist()]
                     rows.append(row | {"text": other.name, "perplexity": losses.perplexity().value, "nll": nll})
                     print(*list(rows[-1].values())[:-1], file=sys.stderr, flush=True)

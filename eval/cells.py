@@ -115,12 +115,14 @@ class Measurement:
     """Arithmetic: in bfloat16 the noise, about 0.02 %, would hide small differences."""
     device_map: str | None = None
     questions: Questions | None = None
+    stream: bool = True
+    """As for ``window_losses``, of caches that do not say it themselves."""
 
-    def figures(self, model: Any, tokenizer: Any, name: str, stream: bool = False) -> Line:
+    def figures(self, model: Any, tokenizer: Any, name: str, stream: bool | None = None) -> Line:
         """Every figure of ``model`` as it is now.
 
         Args:
-            stream: as for ``window_losses``.
+            stream: in the place of the measurement's own.
 
         Raises:
             RecipeError: as ``window_losses`` and ``zero_shot``.
@@ -129,6 +131,7 @@ class Measurement:
         from quantkit.calibrate.text import load_text
         from quantkit.eval.perplexity import window_losses
 
+        stream = self.stream if stream is None else stream
         texts = {}
         for text, source in self.texts.items():
             losses = window_losses(
@@ -138,15 +141,16 @@ class Measurement:
             nll = [round(value, 5) for value in losses.nll.tolist()]
             texts[text] = {"perplexity": losses.perplexity().value, "nll": nll, "seqlen": losses.seqlen}
         figures: Line = {"texts": texts}
-        return figures | (self._scores(model, tokenizer, name, self.questions) if self.questions else {})
+        return figures | (self._scores(model, tokenizer, name, self.questions, stream) if self.questions else {})
 
-    def _scores(self, model: Any, tokenizer: Any, name: str, questions: Questions) -> Line:
+    def _scores(self, model: Any, tokenizer: Any, name: str, questions: Questions, stream: bool) -> Line:
         """``tasks``: what was asked for; ``subtasks``: the members of the groups among it."""
         from quantkit.eval.zero_shot import zero_shot
 
         found = zero_shot(
-            model, tokenizer, read_tasks(questions), name=name, limit=questions.limit, num_fewshot=questions.num_fewshot
-        )
+            model, tokenizer, read_tasks(questions), name=name, limit=questions.limit,
+            num_fewshot=questions.num_fewshot, stream=stream,
+        )  # fmt: skip
         members = {task for tasks in found.results.get("group_subtasks", {}).values() for task in tasks}
         scores: Line = {"tasks": {}, "subtasks": {}}
         for one in found.scores():
@@ -170,7 +174,7 @@ class Bench:
     variants: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     """Method of a cell -> the steps that it stands for, with their options, in order."""
     caches: Mapping[str, Kept] = field(default_factory=dict)
-    """The ``kv`` of a cell -> what it stands for; of others the name says it, and texts are read in one pass."""
+    """The ``kv`` of a cell -> what it stands for; of others the name says it."""
     keep: Path | None = None
     """Folder where checkpoints stay; None: they are removed when they have been measured."""
     threads: int | None = None
@@ -243,7 +247,7 @@ class Bench:
 
         if not cell.kv:
             return self.measurement.figures(model, tokenizer, str(cell))
-        kept = self.caches.get(cell.kv, Kept(cell.kv, stream=False))
+        kept = self.caches.get(cell.kv, Kept(cell.kv, stream=self.measurement.stream))
         set_kv(model, kv_of(kept.method, kept.settings))
         found = self.measurement.figures(model, tokenizer, str(cell), kept.stream)
         windows = [text["seqlen"] for text in found["texts"].values()]

@@ -111,6 +111,7 @@ class Comparison:
             "--seqlen": measured.seqlen,
             "--max-tokens": measured.max_tokens,
             "--dtype": measured.dtype,
+            "--kv-stream": measured.stream,
             **{f"--{name.replace('_', '-')}": value for name, value in self._recipe_settings().items()},
         }
         for name, text in measured.texts.items():

@@ -19,6 +19,9 @@ from quantkit.eval.tables import markdown
 Record = dict[str, Any]
 """A cell as it stands in results.json: plain numbers, None for one that is not finite."""
 
+KV_FACTS = ("bits_of_codes", "read_from_codes", "stream")
+"""Of a cell with texts whose keys and values are quantised: ``quantkit.eval.kv_memory.cache_facts``."""
+
 DIGITS = 4
 """Behind the point."""
 
@@ -32,6 +35,7 @@ def records(cells: Mapping[Cell, Line]) -> list[Record]:
 def _record(cell: Cell, line: Line, first: Line) -> Record:
     found: Record = {"method": cell.method, "scheme": cell.scheme, "kv": cell.kv or None}
     found |= {name: line.get(name) for name in ("bits_per_weight", "bytes", "format", "seconds")}
+    found |= {name: line.get(name) for name in KV_FACTS}
     found["texts"] = {
         name: _text(text, first.get("texts", {}).get(name), cell) for name, text in line.get("texts", {}).items()
     }
@@ -83,6 +87,7 @@ def as_csv(found: Sequence[Record]) -> str:
 def _flat(one: Record, texts: Sequence[str], metrics: Sequence[tuple[str, str]], with_kv: bool) -> dict[str, Any]:
     row = {"method": one["method"], "scheme": one["scheme"]} | ({"kv": one["kv"]} if with_kv else {})
     row |= {name: one[name] for name in ("bits_per_weight", "bytes", "format")}
+    row |= {name: one[name] for name in KV_FACTS[:2]} if with_kv else {}
     for name in texts:
         text = one["texts"].get(name, {})
         row[f"perplexity {name}"] = text.get("perplexity")
@@ -134,6 +139,10 @@ def notes(found: Sequence[Record]) -> list[str]:
         lines.append(f"Perplexity on {name}: {text['windows']} windows of {text['seqlen']} tokens.")
     if measured and found[0] is measured and len(found) > 1:
         lines.append(f"Ratios are to the model {AS_IT_CAME}, of the same windows; intervals by paired bootstrap.")
+    if any(one["kv"] and one["stream"] for one in found):
+        lines.append("Quantised keys and values are read as they are held when each token comes.")
+    if any(one["kv"] and one["stream"] is False for one in found):
+        lines.append("Quantised keys and values are read as they are held at the end of a window, in one pass.")
     for one in found:
         if one["error"]:
             name = " ".join(part for part in (one["method"], one["scheme"], one["kv"]) if part)

@@ -29,7 +29,16 @@ from torch import Tensor
 from quantkit.calibrate.text import Text
 from quantkit.eval.generation import GenerationAgreement, generation_agreement
 from quantkit.eval.paired import Ratio, perplexity_ratio
-from quantkit.eval.perplexity import Perplexity, WindowLosses, Windows, check_finite, token_windows, window_losses
+from quantkit.eval.perplexity import (
+    Perplexity,
+    WindowLosses,
+    Windows,
+    check_finite,
+    protocol,
+    token_windows,
+    window_losses,
+)
+from quantkit.eval.streaming import streamed_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,6 +126,7 @@ def fidelity(
     max_tokens: int | None = None,
     batch_size: int = 1,
     bos: bool = False,
+    stream: bool = True,
     prompts: int = 0,
     on_progress: OnProgress | None = None,
 ) -> Fidelity:
@@ -125,6 +135,7 @@ def fidelity(
     Args:
         seqlen: as ``max_tokens`` and ``bos``, for ``quantkit.eval.perplexity.token_windows``.
         batch_size: windows per forward pass of each model.
+        stream: as for ``window_losses``.
         prompts: beginnings of windows that both models continue greedily; 0: none.
         on_progress: called with (what, windows done, windows in all).
 
@@ -133,10 +144,11 @@ def fidelity(
         QuantkitError: fewer than two tokens of text, a foreign tokenizer, or logits that are not numbers.
     """
     cut: dict[str, Any] = {"seqlen": seqlen, "max_tokens": max_tokens, "bos": bos}
+    how: dict[str, Any] = {"batch_size": batch_size, "stream": stream, "on_progress": on_progress}
     if why_not := other_tokens(model, tokenizer, baseline, baseline_tokenizer):
         sides = []
         for one, own in ((model, tokenizer), (baseline, baseline_tokenizer)):
-            losses = window_losses(one, own, text, **cut, batch_size=batch_size, on_progress=on_progress)
+            losses = window_losses(one, own, text, **cut, **how)
             windows = token_windows(one, own, text, **cut)
             sides.append((losses.perplexity(), _bits_per_byte(losses, windows, own, bos)))
         (perplexity, bits), (baseline_perplexity, baseline_bits) = sides
@@ -147,14 +159,17 @@ def fidelity(
     parts = []
     for first in range(0, count, batch_size):
         batch = windows.tokens[first : first + batch_size]
-        part = _compare(model, baseline, batch)
+        part = _compare(model, baseline, batch, stream)
         check_finite(part.loss[0], first, text)
         check_finite(part.loss[1], first, text, "the baseline's")
         parts.append(part)
         if on_progress:
             on_progress(f"comparison on {text.name}", first + len(batch), count)
     nll, baseline_nll = torch.cat([part.loss for part in parts], dim=1) / (length - 1)
-    losses, baseline_losses = (WindowLosses(one, length, windows.protocol) for one in (nll, baseline_nll))
+    losses, baseline_losses = (
+        WindowLosses(one, length, protocol(windows, whose, stream))
+        for one, whose in ((nll, model), (baseline_nll, baseline))
+    )
     kl = torch.cat([part.kl for part in parts])
     generation = None
     if prompts:
@@ -192,11 +207,9 @@ def _positions(model: PreTrainedModel) -> float:
 
 
 @torch.inference_mode()
-def _compare(model: PreTrainedModel, baseline: PreTrainedModel, batch: Tensor) -> _Compared:
+def _compare(model: PreTrainedModel, baseline: PreTrainedModel, batch: Tensor, stream: bool) -> _Compared:
     """batch [B, T] through both; everything about rows 1 .. T - 1 of the logits."""
-    logits, baseline_logits = (
-        one(input_ids=batch.to(one.device), use_cache=False).logits[:, :-1] for one in (model, baseline)
-    )  # [B, T - 1, V] each
+    logits, baseline_logits = (_logits(one, batch, stream)[:, :-1] for one in (model, baseline))  # [B, T - 1, V] each
     device = logits.device
     count, predicted = logits.shape[:2]
     targets = batch[:, 1:].to(device)
@@ -213,6 +226,12 @@ def _compare(model: PreTrainedModel, baseline: PreTrainedModel, batch: Tensor) -
                 top[side, window, rows] = own.argmax(dim=-1)
                 loss[side, window, rows] = -log.gather(1, targets[window, rows, None]).squeeze(1)
     return _Compared(kl.cpu(), (top[0] == top[1]).cpu(), top.cpu(), loss.sum(dim=-1).cpu())
+
+
+def _logits(model: PreTrainedModel, batch: Tensor, stream: bool) -> Tensor:
+    """[B, T, V] of batch [B, T]."""
+    parts = list(streamed_logits(model, batch.to(model.device), stream))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -49,12 +49,19 @@ def cache_facts(model: PreTrainedModel, tokens: int, stream: bool) -> dict[str, 
     if cache is None:
         return {}
     layers = [layer for layer in cache.layers if isinstance(layer, QuantisedLayer)]
+    return {"bits_of_codes": round(_bits_of_codes(layers), 3)} | how_read(model, cache, stream)
+
+
+def how_read(model: PreTrainedModel, cache: KVCache, stream: bool) -> dict[str, Any]:
+    """``read_from_codes`` and ``stream`` of ``cache_facts``.
+
+    Args:
+        cache: ``filled_cache(model, ...)``.
+    """
+    tokens = cache.get_seq_length()
+    layers = [layer for layer in cache.layers if isinstance(layer, QuantisedLayer)]
     share = share_of_codes(held_by(model), tokens) if stream else _share_in_one_pass(layers, tokens)
-    return {
-        "bits_of_codes": round(_bits_of_codes(layers), 3),
-        "read_from_codes": round(share, 4),
-        "stream": stream,
-    }
+    return {"read_from_codes": round(share, 4), "stream": stream}
 
 
 def _share_in_one_pass(layers: Sequence[QuantisedLayer], tokens: int) -> float:

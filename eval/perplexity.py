@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from quantkit.calibrate.text import Text
 from quantkit.errors import QuantkitError, RecipeError
-from quantkit.eval.streaming import streamed_logits
+from quantkit.eval.streaming import read_in_words, streamed_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,7 +85,7 @@ def window_losses(
     max_tokens: int | None = None,
     batch_size: int = 1,
     bos: bool = False,
-    stream: bool = False,
+    stream: bool = True,
     on_progress: OnProgress | None = None,
 ) -> WindowLosses:
     """Mean loss of ``model`` on every window of ``text``.
@@ -93,8 +93,8 @@ def window_losses(
     Args:
         seqlen: as the next two, for ``token_windows``.
         batch_size: windows per forward pass; changes speed and memory, not the number.
-        stream: read quantised keys and values as they are held when each token comes (``streaming.py``); False: as they
-            are held at the end of a window.
+        stream: read quantised keys and values as they are held when each token comes (``streaming.py``); False: in
+            one pass, as they are held at the end of a window.
         on_progress: called with (what, windows done, windows in all).
 
     Raises:
@@ -110,8 +110,7 @@ def window_losses(
         check_finite(losses[-1], first, text)
         if on_progress:
             on_progress(f"perplexity of {text.name}", first + len(batch), count)
-    how = "; keys and values read as they are held when each token comes" if stream else ""
-    return WindowLosses(torch.cat(losses) / (length - 1), length, windows.protocol + how)
+    return WindowLosses(torch.cat(losses) / (length - 1), length, protocol(windows, model, stream))
 
 
 def token_windows(
@@ -147,6 +146,12 @@ def token_windows(
         )
     count, length = tokens.shape
     return Windows(tokens, _protocol(count, length, seqlen, len(stream), bos))
+
+
+def protocol(windows: Windows, model: PreTrainedModel, stream: bool) -> str:
+    """How ``windows`` were cut and what ``model`` reads of them, in one sentence; ``stream`` as for
+    ``window_losses``."""
+    return "; ".join(part for part in (windows.protocol, read_in_words(model, stream)) if part)
 
 
 def check_finite(losses: Tensor, first: int, text: Text, whose: str = "the model's") -> None:
@@ -207,9 +212,8 @@ def _summed_losses(model: PreTrainedModel, batch: Tensor, stream: bool) -> Tenso
     Only a few rows of logits are float32 at a time.
     """
     tokens = batch.to(model.device)
-    passes = streamed_logits(model, tokens) if stream else iter([model(input_ids=tokens, use_cache=False).logits])
     total, first = torch.zeros(len(batch), dtype=torch.float64, device=model.device), 1
-    for logits in passes:  # [B, some of the T, V]
+    for logits in streamed_logits(model, tokens, stream):  # [B, some of the T, V]
         targets = tokens[:, first : first + logits.shape[1]].to(logits.device)
         total = total.to(logits.device)
         for number, (window, wanted) in enumerate(zip(logits[:, : targets.shape[1]], targets, strict=True)):

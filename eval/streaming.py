@@ -55,9 +55,29 @@ def share_of_codes(stores: Sequence[Store], tokens: int) -> float:
     return read / (len(stores) * tokens * (tokens + 1) / 2)
 
 
-def streamed_logits(model: PreTrainedModel, tokens: Tensor) -> Iterator[Tensor]:
-    """Logits [B, some, vocabulary] of the windows ``tokens`` [B, T], one call after the other; in all T of them."""
-    ends = call_ends(held_by(model), tokens.shape[1])
+def read_in_words(model: PreTrainedModel, stream: bool) -> str:
+    """How a measurement reads the keys and values of ``model``; empty: these are in full precision."""
+    if not kv_hooks(model):
+        return ""
+    when = "when each token comes" if stream else "at the end of a window, which is read in one pass"
+    return f"keys and values are read as they are held {when}"
+
+
+def one_call(model: PreTrainedModel, tokens: int) -> bool:
+    """Is a window of ``tokens`` read in one pass as it is when its tokens come one by one?"""
+    return len(call_ends(held_by(model), tokens)) == 1
+
+
+def streamed_logits(model: PreTrainedModel, tokens: Tensor, stream: bool = True) -> Iterator[Tensor]:
+    """Logits [B, some, vocabulary] of the windows ``tokens`` [B, T], one call after the other; in all T of them.
+
+    Args:
+        stream: False: one call, which reads what is held at the end of it.
+    """
+    ends = call_ends(held_by(model), tokens.shape[1]) if stream else []
+    if len(ends) < 2:  # nothing to hold on to
+        yield model(input_ids=tokens, use_cache=False).logits
+        return
     cache = DynamicCache(config=model.config)
     for first, last in zip([0, *ends], ends, strict=False):
         yield model(input_ids=tokens[:, first:last], past_key_values=cache, use_cache=True).logits

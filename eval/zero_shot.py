@@ -9,10 +9,11 @@ how often that was; ``softmax_dtype``, an option of lm-eval's own wrapper, avoid
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ import torch
 
 from quantkit.errors import QuantkitError, RecipeError
 from quantkit.eval.paired import Difference, mean_difference
+from quantkit.eval.streaming import one_call, streamed_logits
 from quantkit.eval.tasks import Tasks, quiet_lm_eval, single_tasks
 
 if TYPE_CHECKING:
@@ -124,6 +126,7 @@ def zero_shot(
     output_path: Path | None = None,
     log_samples: bool = False,
     softmax_dtype: str | None = None,
+    stream: bool = True,
     on_progress: OnProgress | None = None,
 ) -> ZeroShot:
     """Ask ``model`` about ``tasks``.
@@ -137,6 +140,8 @@ def zero_shot(
         output_path: folder, or name of a .json file, where lm-eval's tracker saves the results.
         log_samples: save every document with its answers beside them.
         softmax_dtype: of log-likelihoods; None: that of the logits.
+        stream: as for ``quantkit.eval.perplexity.window_losses``. In one pass a cache that encodes several tokens
+            together also encodes what pads a question to the longest of its batch, so answers depend on the batch.
         on_progress: called with (what, requests answered, requests in all).
 
     Raises:
@@ -149,10 +154,10 @@ def zero_shot(
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
-    with quiet_lm_eval():
+    with quiet_lm_eval(), _quiet_git():
         tracker = EvaluationTracker(output_path=str(output_path)) if output_path else None
         results = simple_evaluate(
-            model=language_model(model, tokenizer, batch_size, softmax_dtype, on_progress),
+            model=language_model(model, tokenizer, batch_size, softmax_dtype, stream, on_progress),
             model_args={"pretrained": name} | ({"softmax_dtype": softmax_dtype} if softmax_dtype else {}),
             tasks=list(tasks.chosen),
             task_manager=tasks.manager,
@@ -171,7 +176,7 @@ def zero_shot(
 
 def language_model(
     model: PreTrainedModel, tokenizer: Any, batch_size: int | str = AUTO, softmax_dtype: str | None = None,
-    on_progress: OnProgress | None = None,
+    stream: bool = True, on_progress: OnProgress | None = None,
 ) -> Any:  # fmt: skip
     """``model`` as lm-eval wants it: its own wrapper of transformers' models.
 
@@ -180,7 +185,8 @@ def language_model(
     from lm_eval.models.huggingface import HFLM
 
     class QuantkitLM(HFLM):
-        """lm-eval's wrapper, which reports progress and wastes no time on guessing a CPU's batch size."""
+        """lm-eval's wrapper, which reports progress, reads a quantised cache as a text that is written does, and
+        wastes no time on guessing a CPU's batch size."""
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
             self.set_cache_hook(_Answered("questions", len(requests), on_progress))
@@ -194,6 +200,12 @@ def language_model(
             self.set_cache_hook(_Answered("generations", len(requests), on_progress))
             return super().generate_until(requests, disable_tqdm)
 
+        def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
+            if not stream or attn_mask is not None or one_call(self.model, inps.shape[1]):
+                return super()._model_call(inps, attn_mask=attn_mask, labels=labels)
+            with torch.no_grad():
+                return torch.cat(list(streamed_logits(self.model, inps)), dim=1)
+
         def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
             if self.device.type == "cpu":
                 return CPU_BATCH_SIZE
@@ -202,6 +214,31 @@ def language_model(
     # A copy, because lm-eval gives a tokenizer without a padding token one.
     own = copy.deepcopy(tokenizer)
     return QuantkitLM(pretrained=model, tokenizer=own, batch_size=batch_size, softmax_dtype=softmax_dtype)
+
+
+@contextlib.contextmanager
+def _quiet_git() -> Iterator[None]:
+    """lm-eval writes down the commit of the current folder; where there is none, git would complain on stderr."""
+    from lm_eval import evaluator
+
+    ask = evaluator.get_git_commit_hash
+
+    def quietly() -> str | None:
+        kept = os.dup(2)
+        try:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), 2)
+                commit: str | None = ask()
+                return commit
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+    evaluator.get_git_commit_hash = quietly
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = ask
 
 
 class _Answered:

@@ -57,11 +57,20 @@ def load_measured(files: Sequence[Path], source: str) -> Measured:
         RecipeError: a file that cannot be read or is no output of ``quantkit eval --json``; two files that say
             different things about the same.
     """
-    contents = {file: _read(file) for file in files}
+    return gather({str(file): _read(file) for file in files}, source)
+
+
+def gather(contents: Mapping[str, Mapping[str, Any]], source: str) -> Measured:
+    """As ``load_measured``, of what is in the files.
+
+    Args:
+        contents: by name of the file.
+    """
     baselines = {source} | {str(one["baseline"]) for one in contents.values() if one.get("baseline")}
     found = Measured()
     for file, content in contents.items():
-        side: Side = "before" if content["model"] in baselines else "after"
+        # One that stands beside a baseline may be the same model with another cache.
+        side: Side = "before" if not content.get("baseline") and content["model"] in baselines else "after"
         try:
             for one in _figures(content, side):
                 _merge(found, one, file)
@@ -147,7 +156,7 @@ def _sided(figure: Figure, side: Side, value: Any) -> Figure:
     return figure
 
 
-def _merge(found: Measured, new: Figure, file: Path) -> None:
+def _merge(found: Measured, new: Figure, file: str) -> None:
     old = found.figures.setdefault((new.on, new.quantity, new.how), new)
     for name in ("before", "after", "interval"):
         ours, theirs = getattr(old, name), getattr(new, name)
@@ -171,6 +180,9 @@ def _tell(found: Measured, content: Mapping[str, Any], side: Side) -> None:
         note = f"{text}: {one['protocol']}."
         if note not in found.notes:
             found.notes.append(note)
+    if kept := content.get("kv_cache", {}).get("format"):
+        settings = ", ".join(f"{name} {value}" for name, value in kept.items())
+        found.notes.append(f"keys and values of {content['model']}: {settings}.")
 
 
 def _number(value: Any) -> float | None:

@@ -67,6 +67,17 @@ def activations_page(model: str, looked: Looked) -> str:
     )
 
 
+def measured_page(model: str, measured: Measured) -> str:
+    """What ``quantkit eval`` found of a ``model`` without a run record."""
+    return _render(
+        title=f"What {model} does",
+        subtitle="Report of quantkit eval",
+        sections=[sections.measured_section(measured)],
+        facts=[],
+        unfinished=None,
+    )
+
+
 def unfinished(record: RunRecord) -> Unfinished:
     """Of a run without an end."""
     done = len(record.blocks)

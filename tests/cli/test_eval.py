@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +52,34 @@ def test_options_reach_the_measurement(speaking_model: Path, tmp_path: Path) -> 
     assert numbers.split()[0] == "news"
     assert numbers.split()[3] == "128"
     assert protocol.startswith("news: one token stream, every window begins with BOS")
+
+
+def test_how_a_cache_is_read_is_said(speaking_model: Path, text: Path) -> None:
+    """Of 128 tokens only the last one reads codes of kivi, and it predicts nothing; in one pass all of them do."""
+
+    def measured(*more: str) -> dict[str, Any]:
+        options = ["--ppl", str(text), "--seqlen", "128", "--max-tokens", "256", "--json", *more]
+        done = CliRunner().invoke(app, ["eval", str(speaking_model), *options])
+        assert done.exit_code == 0, done.stderr
+        return dict(json.loads(done.stdout))
+
+    plain, stream = measured(), measured("--kv", "kivi-2bit")
+    one_pass = measured("--kv", "kivi-2bit", "--no-kv-stream")
+    values = [one["perplexity"]["sample"]["value"] for one in (plain, stream, one_pass)]
+    assert values[1] == pytest.approx(values[0], rel=1e-6)
+    assert values[2] != pytest.approx(values[0], rel=1e-6)
+    assert "kv_read" not in plain
+    assert stream["kv_read"] == {
+        "how": "keys and values are read as they are held when each token comes",
+        "read_from_codes": pytest.approx(64 / 8256, abs=1e-4),  # of keys; the values of these are the newest
+        "stream": True,
+    }
+    assert one_pass["kv_read"]["stream"] is False
+    assert one_pass["kv_read"]["read_from_codes"] == 0.5
+    options = ["--ppl", str(text), "--seqlen", "128", "--max-tokens", "256", "--kv", "kivi-2bit"]
+    shown = CliRunner().invoke(app, ["eval", str(speaking_model), *options]).stdout.splitlines()
+    assert shown[2].endswith("; keys and values are read as they are held when each token comes")
+    assert shown[-1] == "0.8 % of the keys and values that tokens read are codes"
 
 
 def test_a_hopeless_model_is_null_not_invalid_json(speaking_model: Path, tmp_path: Path, text: Path) -> None:

@@ -114,6 +114,30 @@ def test_what_eval_printed_goes_in(quantised: Path, source: Callable[..., Path],
     assert row[1:3] == [f"{found[side]['value']:.5g}" for side in ("baseline_perplexity", "perplexity")]
 
 
+@pytest.mark.usefixtures("no_histograms")
+def test_eval_writes_it_by_itself(quantised: Path, source: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    measure = ["--ppl", text, "--seqlen", 32, "--max-tokens", 100, "--prompts", 0, "--report", tmp_path / "page.html"]
+    done = run("eval", quantised, "--baseline", source("llama"), *measure, "--json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)["fidelity"]["sample"]
+    page = Page((tmp_path / "page.html").read_text())
+    (row,) = (row for row in page.rows if row[0] == "sample: perplexity")
+    assert row[1:3] == [f"{found[side]['value']:.5g}" for side in ("baseline_perplexity", "perplexity")]
+    assert page.column("layer") == [layer.name for layer in load_record(quantised).layers]
+
+    done = run("eval", source("llama"), *measure)  # there is no run that made it
+    assert done.exit_code == 0, done.stderr
+    assert f"the report is {tmp_path / 'page.html'}" in done.stderr
+    page = Page((tmp_path / "page.html").read_text())
+    (row,) = (row for row in page.rows if row[0] == "sample: perplexity")
+    assert row[1:3] == ["", f"{found['baseline_perplexity']['value']:.5g}"]
+    assert "layer" not in page.text
+
+    for wrong, why in ((tmp_path, "is a folder"), (tmp_path / "no" / "page.html", "is in no folder")):
+        done = run("eval", "demo", "--ppl", "demo", "--report", wrong)
+        assert (done.exit_code, done.stderr) == (2, f"quantkit: --report {wrong} {why}; name a file.\n")
+
+
 def test_a_run_that_died(tmp_path: Path) -> None:
     write_record(tmp_path / "out.partial", start(), block(0, transforms=[]), cut='{"event": "shard", "blo')
     done = run("report", tmp_path / "out")

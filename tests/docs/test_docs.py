@@ -51,7 +51,12 @@ def rendered(generate: ModuleType) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def known_options(generate: ModuleType) -> set[str]:
-    return {name for _, command, _ in generate.commands() for param in command.params for name in param.opts}
+    return {
+        name
+        for _, command, _ in generate.commands()
+        for param in command.params
+        for name in (*param.opts, *param.secondary_opts)
+    }
 
 
 def test_nothing_is_left_to_generate(rendered: dict[str, str]) -> None:
@@ -85,7 +90,7 @@ def test_every_command_and_option_is_in_the_reference(generate: ModuleType, rend
         text = rendered["cli.md"].partition(f"## {path}\n")[2].partition("\n## ")[0]
         for param in command.params:
             if param.param_type_name == "option":
-                assert all(f"`{name}`" in text for name in param.opts), (path, param.name)
+                assert all(f"`{name}`" in text for name in (*param.opts, *param.secondary_opts)), (path, param.name)
     assert {"quantkit quantize", "quantkit eval", "quantkit bench kernels"} <= set(paths)
 
 

@@ -163,6 +163,14 @@ def test_caches_share_one_checkpoint_and_differ(wanted, tmp_path, monkeypatch):
     for own in (perplexities[:3], perplexities[3:]):  # 8 bits are close to none, 2 bits are not
         assert abs(own[1] / own[0] - 1) < 0.1 * abs(own[2] / own[0] - 1)
 
+    found = compare_table.records(cells)
+    assert [record["stream"] for record in found] == [None, True, True] * 2
+    assert found[1]["read_from_codes"] == 1
+    assert found[1]["bits_of_codes"] > 8 > found[2]["bits_of_codes"] > 2
+    rows = list(csv.DictReader(compare_table.as_csv(found).splitlines()))
+    assert [row["bits_of_codes"] for row in rows] == [str(one["bits_of_codes"] or "") for one in found]
+    assert "Quantised keys and values are read as they are held when each token comes." in compare_table.notes(found)
+
     # a cache that was killed in the middle is measured alone
     path = tmp_path / "out" / CELLS
     path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if "int8" not in line))

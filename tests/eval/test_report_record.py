@@ -163,6 +163,15 @@ def test_a_comparison_in_one_file(tmp_path: Path) -> None:
     assert measured.models == {"before": ["some/model"], "after": ["out"]}
 
 
+def test_a_model_beside_itself_with_another_cache(tmp_path: Path) -> None:
+    content = COMPARED | {"model": "some/model", "kv_cache": {"format": {"method": "kivi", "bits": 2}}}
+    measured = load_measured([save(tmp_path / "eval.json", content)], "some/model")
+    (perplexity,) = (one for one in measured.figures.values() if one.quantity == "perplexity")
+    assert (perplexity.before, perplexity.after) == (9.6, 9.85)
+    assert measured.models == {"before": ["some/model"], "after": ["some/model"]}
+    assert "keys and values of some/model: method kivi, bits 2." in measured.notes
+
+
 def test_a_file_for_each_side(tmp_path: Path) -> None:
     before = save(tmp_path / "a.json", {"model": "some/model", "perplexity": {"novels": PERPLEXITY}})
     after = save(tmp_path / "b.json", {"model": "./out", "perplexity": {"novels": PERPLEXITY | {"value": None}}})

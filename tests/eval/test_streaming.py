@@ -11,6 +11,7 @@ from tiny_tokenizer import TEXT, VOCABULARY, make_tokenizer
 from transformers import DynamicCache
 
 from quantkit.calibrate.text import Text
+from quantkit.eval.fidelity import fidelity
 from quantkit.eval.kv_memory import cache_facts
 from quantkit.eval.perplexity import perplexity, window_losses
 from quantkit.eval.streaming import call_ends, held_by, share_of_codes
@@ -53,11 +54,26 @@ def test_equals_one_token_at_a_time(name):
     settings = {"seqlen": length, "max_tokens": 3 * length, "batch_size": 2}
     found = window_losses(model, tokenizer, LONG, stream=True, **settings)
     assert torch.allclose(found.nll, expected, rtol=0, atol=1e-6)
-    at_the_end = window_losses(model, tokenizer, LONG, **settings)
+    at_the_end = window_losses(model, tokenizer, LONG, stream=False, **settings)
     by_token = name in ("rotation", "int8")
     assert torch.allclose(at_the_end.nll, expected, rtol=0, atol=1e-6) == by_token
-    assert "when each token comes" in found.protocol
-    assert "when each token comes" not in at_the_end.protocol
+    assert found.protocol.endswith("; keys and values are read as they are held when each token comes")
+    assert at_the_end.protocol.endswith("as they are held at the end of a window, which is read in one pass")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_comparison_reads_the_cache_in_the_same_way(stream):
+    model, baseline, tokenizer = tiny("nsnquant", SETTINGS["nsnquant"]), tiny("int8", {}), make_tokenizer()
+    set_kv(baseline, None)
+    settings = {"seqlen": 61, "max_tokens": 183, "batch_size": 2, "stream": stream}
+    found = fidelity(model, tokenizer, baseline, tokenizer, LONG, **settings)
+    alone = perplexity(model, tokenizer, LONG, **settings)
+    assert found.perplexity.value == pytest.approx(alone.value, rel=1e-6)
+    assert found.perplexity.protocol == alone.protocol
+    assert "keys and values" not in found.baseline_perplexity.protocol
+    assert found.baseline_perplexity.value == pytest.approx(perplexity(baseline, tokenizer, LONG, **settings).value)
+    assert found.divergence is not None
+    assert found.divergence.kl > 0
 
 
 def test_full_precision_is_read_in_one_pass():

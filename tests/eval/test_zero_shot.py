@@ -15,8 +15,11 @@ pytest.importorskip("lm_eval", reason="tasks are lm-eval's: pip install 'quantki
 import quantkit
 from quantkit.errors import QuantkitError, RecipeError
 from quantkit.eval.bench_blimp import dequantised
+from quantkit.eval.streaming import streamed_logits
 from quantkit.eval.tasks import Tasks, load_tasks
 from quantkit.eval.zero_shot import ZeroShot, check_output_path, language_model, zero_shot
+from quantkit.formats.kv import kv_of
+from quantkit.kv.attach import set_kv
 from quantkit.layers.quant_linear import QuantLinear
 
 pytestmark = pytest.mark.slow  # importing lm-eval takes many seconds
@@ -187,6 +190,38 @@ def test_nothing_is_printed(
 ) -> None:
     zero_shot(*quantised, tasks("both", "roll"), name="tiny", limit=2, batch_size="auto")
     assert capsys.readouterr() == ("", "")
+
+
+def test_what_pads_a_question_does_not_reach_its_answer(quantised: tuple[Any, Any]) -> None:
+    """With a cache that packs tokens together; and each token reads what is held when it comes."""
+    import torch
+
+    model, tokenizer = quantised
+    set_kv(model, kv_of("nsnquant", {"window": 16, "sink": 0, "min_recent": 0}), "dense")
+    try:
+        ids = torch.randint(3, 60, (2, 40), generator=torch.Generator().manual_seed(0))
+        alone = language_model(model, tokenizer)._model_call(ids[:1, :24])
+        ids[0, 24:] = 0
+        batched = language_model(model, tokenizer)._model_call(ids)
+        assert batched.shape[:2] == (2, 40)
+        torch.testing.assert_close(batched[:1, :24], alone, rtol=1e-4, atol=1e-4)
+        expected = torch.cat(list(streamed_logits(model, ids)), dim=1)
+        assert torch.equal(batched, expected)
+        one_pass = language_model(model, tokenizer, stream=False)._model_call(ids)
+        assert torch.equal(one_pass, model(ids, use_cache=False).logits)
+        assert (one_pass[:1, :24] - alone).abs().max() > 1e-3
+    finally:
+        set_kv(model, None)
+
+
+def test_git_is_quiet_where_there_is_none(
+    quantised: tuple[Any, Any], tasks: Callable[..., Tasks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    found = zero_shot(*quantised, tasks("guess"), name="tiny", limit=1)
+    assert "git_hash" in found.results
+    assert "git" not in capfd.readouterr().err
 
 
 def test_the_cpu_guesses_no_batch_size(quantised: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:

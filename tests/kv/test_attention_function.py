@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import CAUSAL, TINY, VOCABULARY, make_tiny
 from torch import Tensor
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 
 import quantkit
 from quantkit.errors import QuantkitError, RecipeError
@@ -81,6 +81,17 @@ def test_generating(name, method, calls):
     packed = [layer for layer in cache.layers if isinstance(layer, QuantisedLayer) and layer.window is None]
     assert calls == [(1, tokens) for tokens in range(22, 31) for _ in packed]
     assert packed or name in ("mistral", "phi3")
+
+
+def test_masks_are_made_for_it():
+    """Under a name that transformers makes no masks for, padding would be read like any token."""
+    for before in ("sdpa", "eager"):
+        model = model_of("llama")
+        model.set_attn_implementation(before)
+        cache_of(model, attention="packed")
+        name = model.config._attn_implementation
+        assert name == NAMES[before]
+        assert all(name in known().valid_keys() for known in (AttentionInterface, AttentionMaskInterface))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])

@@ -147,7 +147,7 @@ def test_perplexity_is_of_what_a_cache_gives_back(speaking):
     plain = perplexity(model, tokenizer, loaded, seqlen=32).value
     for name in ("kivi-2bit", "rotation-2bit", "int8"):
         set_kv(model, kv_of(name, {"group_size": 8, "residual": 8} if "kivi" in name else {}))
-        found = perplexity(model, tokenizer, loaded, seqlen=32)
+        found = perplexity(model, tokenizer, loaded, seqlen=32, stream=False)
         windows = token_windows(model, tokenizer, loaded, seqlen=32).tokens
         with torch.no_grad():
             logits = model(windows, past_key_values=quantkit.kv_cache(model)).logits[:, :-1]

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from quantkit.errors import QuantkitError
+from quantkit.kv import nsn_encode
 from quantkit.kv.codebooks import Codebook, load
 from quantkit.kv.nsn_encode import Chunks, Coder, matrix, mean_group, pack_nibbles, unpack_nibbles
 from quantkit.kv.nsnquant import NSN, Config, layer_kv
@@ -196,7 +197,7 @@ def like_keys(width: int = 128, tokens: int = 1024) -> tuple[Tensor, Rope]:
 
 
 @pytest.mark.parametrize("kind", ["1 bit e8", "2 bits"])
-def test_what_each_step_is_good_for(kind):
+def test_what_each_step_is_good_for(kind, monkeypatch):
     keys, rope = like_keys()
     full, post, none = (
         error(method(kind, **settings).round(keys), keys) for settings in ({"rope": rope}, {}, {"shift": False})
@@ -205,6 +206,8 @@ def test_what_each_step_is_good_for(kind):
     assert none > 1.2 * full
     shrunk = error(method(kind, rope=rope, gain="mse").round(keys), keys)
     assert shrunk < 0.95 * full
+    monkeypatch.setattr(nsn_encode, "matrix", lambda size, dtype, device: torch.eye(size, dtype=dtype))
+    assert error(method(kind, rope=rope).round(keys), keys) > 1.1 * full  # eight channels are not normally distributed
 
 
 def test_a_bias_of_all_keys_costs_little():

@@ -66,7 +66,7 @@ class Steps:
     def settled(self, fused: bool) -> Steps:
         """These steps, told whether the residual stream is rotated."""
         told = [
-            replace(step, config=step.config.settled(fused and number == 0))
+            replace(step, config=step.config.settled(fused and number == 0, number == 0))
             if hasattr(step.config, "settled")
             else step
             for number, step in enumerate(self.transforms)

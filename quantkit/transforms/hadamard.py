@@ -4,8 +4,10 @@
 
 R is orthogonal and its entries have one size, so an outlier of one channel is spread evenly over all of them, and so is
 one in a row of W. Unless asked for, nothing is learned and no data is needed. Inputs are rotated at run time in front
-of each quantised linear; what else reads them (routers, the residual) sees them as they were, so norms need not be
-folded. Values are rotated within their heads at no cost, by matrices in v and o: attention only sums them.
+of each quantised linear; what else reads them (routers, the residual) sees them as they were. Norms are folded into
+what reads them first: a rotation mixes columns of a weight, so rounding errs as much in those that meet large inputs as
+in all others, and an offset would be spread over all channels. Values are rotated within their heads at no cost, by
+matrices in v and o: attention only sums them.
 
 What reads the residual stream can have it for nothing, too: ``residual`` rotates the stream of the whole model once,
 in the weights (``residual.py``), before this or any other step sees a block. attention.input and mlp.input are then
@@ -30,14 +32,17 @@ from quantkit.formats.layer import LayerInputs
 from quantkit.kernels.hadamard import split
 from quantkit.kernels.online import apply
 from quantkit.learn.rotation import Learned, learn_rotation
-from quantkit.models.block import Site
-from quantkit.transforms.interface import Online, Situation, Solution
+from quantkit.models.block import Block, Site
+from quantkit.transforms.fold import shift_obstacle
+from quantkit.transforms.interface import Online, SiteChange, Situation, Solution
 
 if TYPE_CHECKING:
     from quantkit.calibrate.statistics import Want
 
 Place = Literal["attention.input", "attention.value", "attention.output", "mlp.input", "mlp.hidden", "other"]
 _EXPERT = re.compile(r"\.\d+(?=\.)")
+_LARGEST = 1e4
+"""A norm's weight beyond this, or below 1 over it, stays: readers would leave float16."""
 
 
 class Config(BaseModel, frozen=True, extra="forbid"):
@@ -55,6 +60,11 @@ class Config(BaseModel, frozen=True, extra="forbid"):
         "attention.input and mlp.input at run time; auto: where sites name both, no transform comes before and the "
         "model allows it without untying its embeddings; always: or refuse",
     )
+    norms: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="fold the weights of norms, and their biases where all readers have one, into what reads them in "
+        "front of a rotation at run time; auto: where no transform comes before, whose work that would undo",
+    )
     learn_steps: int = Field(
         0,
         ge=0,
@@ -70,9 +80,15 @@ class Config(BaseModel, frozen=True, extra="forbid"):
             return "never"
         return self.residual
 
-    def settled(self, fused: bool) -> Config:
-        """These options, ``residual`` decided."""
-        return self.model_copy(update={"residual": "always" if fused else "never"})
+    def settled(self, fused: bool, first: bool) -> Config:
+        """These options, ``residual`` and ``norms`` decided.
+
+        Args:
+            fused: the residual stream is rotated.
+            first: no transform comes before.
+        """
+        norms = self.norms if self.norms != "auto" else "always" if first else "never"
+        return self.model_copy(update={"residual": "always" if fused else "never", "norms": norms})
 
     def wants(self, place: Place) -> bool:
         if self.residual == "always" and place in ("attention.input", "mlp.input"):
@@ -120,7 +136,20 @@ def solve(situation: Situation, config: Config) -> Solution:
                 learned = _learned(situation, site, matrices[site.name], config.learn_steps)
                 matrices[site.name] = matrices[site.name] @ learned.matrix
                 of_site[site.name] |= {"loss_before": learned.before, "loss": learned.after}
-    return Solution(matrices=matrices, ops=rotations, facts=facts)
+    changes = {
+        site.name: _plain_norm(block, site)
+        for site in block.sites
+        if site.kind == "norm" and config.norms != "never" and rotations.keys() & site.consumers
+    }
+    return Solution(sites=changes, matrices=matrices, ops=rotations, facts=facts)
+
+
+def _plain_norm(block: Block, site: Site) -> SiteChange:
+    """What makes the norm of ``site`` one without weight and, where its readers can take it, without bias."""
+    gain = (block.weight(site.producer).double() + site.norm_offset).abs()
+    usual = (gain > 1 / _LARGEST) & (gain < _LARGEST)
+    shift = None if shift_obstacle(block, site) else block.tensors[f"{site.producer}.bias"].double().clone()
+    return SiteChange(gain.reciprocal().where(usual, 1.0), shift)
 
 
 def _learned(situation: Situation, site: Site, start: Tensor, steps: int) -> Learned:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from situations import situation
 from tiny_models import TINY
 
+from quantkit.eval.injectors import add_outliers
 from quantkit.formats.layer import LayerFormat
 from quantkit.kernels.online import apply
 from quantkit.kernels.reference import fake_quantize
@@ -49,7 +50,8 @@ def test_the_function_stays(tiny, name, config):
         module = model.skeleton.build_block(index, block.tensors, torch.float64)
         simulate_inputs(module, dict.fromkeys(state.inputs, ANY), state.inputs, model.skeleton.expert_names)
         after = stream.run_block(module, captured.hidden, index, captured)
-        assert float((after - before).norm() / before.norm()) < 1e-10
+        single = name.startswith("gemma") and config is ALL  # adds 1 to its norms' weights in float32
+        assert float((after - before).norm() / before.norm()) < (1e-7 if single else 1e-10)
         for path in state.inputs:
             assert not torch.allclose(block.weight(path), sources[path], atol=1e-3), path
 
@@ -141,6 +143,28 @@ def test_an_outlier_is_spread(tiny):
     want = x @ weight.T
     plain = (fake_quantize(x, scheme) @ weight.T - want).norm()
     assert (fake_quantize(rotated, scheme) @ apply(weight, inputs).T - want).norm() < 0.5 * plain
+
+
+def test_norms_in_front_of_a_rotation_are_plain(tiny):
+    """Large channels and offsets of a norm's output do not reach the rotation: readers have them."""
+    model = Opened(tiny("opt"))
+    block, linears = block_of(model), model.linears(0)
+    add_outliers(block, torch.Generator().manual_seed(0))
+    norm = block.tensors["self_attn_layer_norm.weight"].clone()
+    norm[3] = 0  # has no scale
+    block.tensors["self_attn_layer_norm.weight"] = norm
+    bias = block.tensors["self_attn_layer_norm.bias"].clone()
+    assert float(norm.abs().max()) > 20
+    state = Transformed(block, linears, torch.float64, pytest.fail)
+    state.apply("hadamard", solve(situation(block, linears), Config().settled(fused=False, first=True)))
+    plain = block.tensors["self_attn_layer_norm.weight"].abs()
+    torch.testing.assert_close(plain, (torch.arange(len(plain)) != 3).to(plain))
+    assert float(bias.abs().max()) > 20
+    assert float(block.tensors["self_attn_layer_norm.bias"].abs().max()) < 1e-6
+
+    kept = solve(situation(block, linears), Config().settled(fused=False, first=False))  # behind smoothquant, perhaps
+    assert not kept.sites
+    assert kept.ops
 
 
 def test_facts_say_each_kind_of_input_once(tiny):

@@ -202,7 +202,7 @@ def test_a_learned_matrix_beats_the_fixed_one(outliers: Path, tmp_path: Path) ->
     for fact in facts(tmp_path / "out", "loss_before"):
         assert fact["loss"] < 0.6 * fact["loss_before"]
     for fact in facts(tmp_path / "out", "attention"):
-        assert fact["condition_keys"] > 1.5
+        assert fact["condition_keys"] > 1.2  # at the start it is 1
         assert all(0.5 < share < 0.99 for share in fact["clip_keys"] + fact["clip_values"])
 
 

@@ -111,11 +111,13 @@ def test_every_matrix_is_inverted_once_in_a_step(source: Source, monkeypatch: py
         learned = flat_block(lesson)
         calls: list[tuple[int, ...]] = []
 
-        def counted(matrix: Tensor) -> Tensor:
-            calls.append(tuple(matrix.shape))
-            return torch.linalg.inv(matrix).mT
+        turn = matrices.cayley
 
-        monkeypatch.setattr(matrices, "transposed_inverse", counted)
+        def counted(entries: Tensor) -> Tensor:  # its matrices make P and P**-T
+            calls.append(tuple(entries.shape[1:]))
+            return turn(entries)
+
+        monkeypatch.setattr(matrices, "cayley", counted)
         learned.tensors()
     # two of 64 and one of 104 columns, 4 heads, and 2 heads of values
     assert sorted(calls) == sorted([(1, 8, 8)] * 5 + [(1, 13, 13), (1, 4, 4), (2, 16, 16)])

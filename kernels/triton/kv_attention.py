@@ -261,7 +261,7 @@ def _run(
     interleaved: bool,
 ) -> Tensor:  # fmt: skip
     """The operator ``quantkit::kv_attention``: query and mask as for ``attend``, keys and values as ``Side``."""
-    key, value = Side(*keys), Side(*values)  # type: ignore[arg-type]
+    key, value = Side._make(keys), Side._make(values)
     (batch, query_heads, _, width), heads = query.shape, key.tail.shape[1]
     rows, shared = batch * heads, query_heads // heads
     flat = query.reshape(-1, width)
@@ -347,8 +347,7 @@ def _shape_only(
     values: list[Tensor | None], waves: Tensor | None, starts: Tensor | None, first: int, window: int,
     interleaved: bool,
 ) -> Tensor:  # fmt: skip
-    tail = Side(*values).tail  # type: ignore[arg-type]
-    return query.new_empty(*query.shape[:3], tail.shape[-1])
+    return query.new_empty(*query.shape[:3], Side._make(values).tail.shape[-1])
 
 
 _op = define(

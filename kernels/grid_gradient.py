@@ -58,9 +58,10 @@ def _of_rows(x: Tensor, shares: Tensor, scheme: ActivationScheme, grad: Tensor) 
     step = torch.where(whole == 0, torch.finfo(x.dtype).eps, whole)
     position = x / step
     if scheme.symmetric:
-        inside = (position >= first) & (position <= last)
+        limited = position.clamp(first, last)
+        outside = limited != position
         # q - inside * position: what rounding does to the values inside, the end of the grid for those beyond it
-        of_step = position.clamp(first, last).round_().sub_(position.mul_(inside))
+        of_step = limited.round_().sub_(position.masked_fill_(outside, 0))
         to_step = of_step.mul_(grad).sum(-1, keepdim=True)
         to_end = to_step.mul_(whole != 0) / (steps / 2)
         upper = high >= -low  # the end that is farther away has it all
@@ -69,10 +70,11 @@ def _of_rows(x: Tensor, shares: Tensor, scheme: ActivationScheme, grad: Tensor) 
         raw = first - low / step
         zero = raw.clamp(first, last).round_()
         shifted = position + zero
-        inside = (shifted >= first) & (shifted <= last)
-        of_step = shifted.clamp_(first, last).round_().sub_(zero).sub_(position.mul_(inside))
+        limited = shifted.clamp(first, last)
+        outside = limited != shifted
+        of_step = limited.round_().sub_(zero).sub_(position.masked_fill_(outside, 0))
         to_step = of_step.mul_(grad).sum(-1, keepdim=True)
-        to_zero = (grad * inside).sum(-1, keepdim=True).sub_(grad.sum(-1, keepdim=True)).mul_(step)
+        to_zero = -torch.where(outside, grad, 0).sum(-1, keepdim=True).mul_(step)
         to_zero = to_zero * ((raw >= first) & (raw <= last))
         to_step = (to_step + to_zero * low / step.square()) * (whole != 0)
         to_high = to_step / steps
@@ -80,12 +82,19 @@ def _of_rows(x: Tensor, shares: Tensor, scheme: ActivationScheme, grad: Tensor) 
     # beyond 0 the ends of a range are 0, whatever the values are
     to_low, to_high = to_low * (least * shares[0] <= 0), to_high * (largest * shares[1] >= 0)
     of_shares = torch.stack(((to_low * least).sum(), (to_high * largest).sum())).to(shares.dtype)
-    of_x, to_low, to_high = grad * inside, to_low * shares[0], to_high * shares[1]
+    of_x, to_low, to_high = grad.masked_fill(outside, 0), to_low * shares[0], to_high * shares[1]
     ends = [(least, to_low), (largest, to_high)]
     if scheme.symmetric:
         ends = [(torch.where(upper, largest, least), to_low + to_high)]
     for value, of_value in ends:
-        row, column = (x == value).nonzero(as_tuple=True)
-        ties = torch.bincount(row, minlength=len(x)).to(x.dtype)
-        of_x[row, column] += (of_value[:, 0] / ties)[row]
+        add_where_equal(of_x, x, value, of_value)
     return of_x, of_shares
+
+
+def add_where_equal(out: Tensor, x: Tensor, value: Tensor, of_value: Tensor) -> None:
+    """Add ``of_value`` [..., 1] to ``out`` where ``x``, of one shape [rows, columns] or [rows, groups, columns], is
+    ``value`` [..., 1]; where that is in several places of a row or group, they share it."""
+    found = (x == value).nonzero(as_tuple=True)
+    row = found[0] if x.dim() == 2 else found[0] * x.shape[1] + found[1]
+    ties = torch.bincount(row, minlength=of_value.numel())
+    out[found] += (of_value.flatten() / ties)[row]

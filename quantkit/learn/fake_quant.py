@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from quantkit.formats.layer import LayerInputs
 from quantkit.kernels import online
+from quantkit.kernels.grid_gradient import add_where_equal
 from quantkit.kernels.reference import fake_quantize
 from quantkit.quantizers import rtn
-from quantkit.quantizers.grid import by_rows, group_views
-from quantkit.recipe import ActivationScheme, WeightScheme
+from quantkit.quantizers.grid import by_rows, group_count, group_views
+from quantkit.recipe import PER_CHANNEL, ActivationScheme, WeightScheme
 
 LARGEST_START = torch.tensor(4.0).sigmoid().item()
 """Of a factor, the authors' start. Nearer to 1 the sigmoid hardly has a gradient."""
@@ -34,18 +35,17 @@ _SHARES = tuple(1 - step / 20 for step in range(14))
 _PLAIN = rtn.Config(clip="minmax")
 
 
-def round_weight(weight: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype, ends: Tensor | None = None) -> Tensor:
+def round_weight(
+    weight: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype, factors: Tensor | None = None
+) -> Tensor:
     """``weight`` float32 [rows, columns] as round to nearest leaves it, with gradients.
 
     Args:
         scale_dtype: of stored scales.
-        ends: [2, rows, groups] from ``reach`` or ``Clip.ends``: the weights are limited to them first; None: ``reach``.
+        factors: [sides, rows, groups] of ``reach``, to which the weights are limited first; sides: lower and upper end,
+            or 1 for both. None: they are not.
     """
-    rounded: Tensor
-    if ends is None:
-        rounded = _Rounded.apply(weight, reach(weight, scheme), scheme, scale_dtype, False)
-    else:
-        rounded = _Rounded.apply(weight, ends, scheme, scale_dtype, True)
+    rounded: Tensor = _Rounded.apply(weight, factors, scheme, scale_dtype)
     return rounded
 
 
@@ -54,14 +54,7 @@ def reach(weight: Tensor, scheme: WeightScheme) -> Tensor:
 
     With a zero point those of the weights and 0; else as far as the levels reach on either side.
     """
-    views = group_views(weight, scheme.group_size)
-    low = torch.cat([view.amin(-1) for view in views], dim=1).clamp(max=0)
-    high = torch.cat([view.amax(-1) for view in views], dim=1).clamp(min=0)
-    if not scheme.is_symmetric:
-        return torch.stack((low, high))
-    below, above = _level_ends(scheme)
-    scale = torch.maximum(low / below, high / above)
-    return torch.stack((scale * below, scale * above))
+    return _reach_over(*_extremes(weight, scheme), scheme)
 
 
 class Clip(nn.Module):
@@ -89,7 +82,7 @@ class Clip(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """``weight``, limited and rounded."""
-        return round_weight(weight, self._scheme, self._scale_dtype, self.ends(weight))
+        return round_weight(weight, self._scheme, self._scale_dtype, self.logits.sigmoid())
 
 
 def search_factors(
@@ -114,15 +107,13 @@ def search_factors(
 
 
 def _search(weight: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype, root: Tensor) -> Tensor:
-    ends = reach(weight, scheme)
-
     def error(factors: Tensor) -> Tensor:
-        rounded = round_weight(weight, scheme, scale_dtype, ends * factors)
+        rounded = round_weight(weight, scheme, scale_dtype, factors)
         parts = group_views((rounded - weight).mul_(root), scheme.group_size)
         return torch.cat([torch.linalg.vector_norm(part, dim=-1) for part in parts], dim=1)
 
     sides = 1 if scheme.is_symmetric else 2
-    best = torch.ones(sides, *ends.shape[1:])
+    best = torch.ones(sides, len(weight), group_count(weight.shape[1], scheme.group_size))
     least = error(best)
     for phase in ((True,),) if sides == 1 else ((True, True), (True, False), (False, True)):
         moved = torch.tensor(phase)[:, None, None]
@@ -179,40 +170,76 @@ class InputRounding:
 
 
 class _Rounded(torch.autograd.Function):
-    """Weights limited to ``ends``, then as ``rtn.quantize`` and back leaves them.
+    """Weights limited to ``factors`` of their reach, then as ``rtn.quantize`` and back leaves them.
 
-    ``limited`` False: ``ends`` are as far as the weights reach.
+    In closed form, and in few passes over the weights: a step on few samples spends as much here as on its samples.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, ends: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype, limited: bool
+        ctx: Any, weight: Tensor, factors: Tensor | None, scheme: WeightScheme, scale_dtype: torch.dtype
     ) -> Tensor:
         weight = weight.detach()  # threads know nothing of the mode without gradients in here
-        kept = _inside(weight, ends, scheme) if limited else weight
+        extremes = _extremes(weight, scheme)
+        kept = weight if factors is None else _inside(weight, _reach_over(*extremes, scheme) * factors.detach(), scheme)
         rounded, scale = rtn.round_values(kept, scheme, scale_dtype, _PLAIN)
-        ctx.scheme, ctx.limited = scheme, limited
-        ctx.save_for_backward(weight, rounded, ends, scale)
+        ctx.scheme = scheme
+        ctx.save_for_backward(weight, factors, *extremes, rounded, scale)
         return rounded
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        (grad,) = grads
-        weight, rounded, ends, scale = ctx.saved_tensors
-        kept = _inside(weight, ends, ctx.scheme) if ctx.limited else weight
-        of_scale = _sums((rounded - kept).mul_(grad), ctx.scheme) / scale  # error / scale = q - w / s
-        if ctx.scheme.is_symmetric:
-            below, above = _level_ends(ctx.scheme)
-            upper = ends[1] / above >= ends[0] / below
-            of_ends = torch.stack(((of_scale / below).where(~upper, 0.0), (of_scale / above).where(upper, 0.0)))
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        (grad,), scheme = grads, ctx.scheme
+        weight, factors, least, largest, rounded, scale = ctx.saved_tensors
+        kept, of_weight, of_ends = weight, grad, torch.zeros(2, *least.shape)
+        if factors is not None:  # what is cut off, which is little, moves with its limit
+            kept = _inside(weight, _reach_over(least, largest, scheme) * factors, scheme)
+            cut = weight != kept
+            row, column = cut.nonzero(as_tuple=True)
+            group = 0 if scheme.group_size == PER_CHANNEL else column // scheme.group_size
+            end = ((weight[row, column] > 0) * len(weight) + row) * least.shape[1] + group
+            of_ends = torch.bincount(end, grad[row, column], of_ends.numel()).view_as(of_ends)
+            of_weight = grad.masked_fill(cut, 0)
+        of_scale = _sums((rounded - kept).mul_(grad), scheme) / scale  # error / scale = q - w / s
+        if scheme.is_symmetric:  # one length decides on both ends, that of the farther extreme in units of its level
+            below, above = _level_ends(scheme)
+            upper = largest / above >= least / below
+            length = torch.where(upper, largest / above, least / below)[None]
+            of_length = (of_scale + of_ends[0] * below + of_ends[1] * above)[None]
         else:
-            of_end = of_scale / 2**ctx.scheme.bits
-            of_ends = torch.stack((-of_end, of_end))
-        if ctx.limited:  # what is cut off moves with its limit
-            above, below = weight > kept, weight < kept
-            of_ends += torch.stack((_sums(grad * below, ctx.scheme), _sums(grad * above, ctx.scheme)))
-            grad = grad * ~above.logical_or_(below)
-        return grad, of_ends, None, None, None
+            length = torch.stack((least, largest))
+            of_length = of_ends + torch.stack((-of_scale, of_scale)) / 2**scheme.bits
+        of_factors = None
+        if factors is not None:
+            of_factors, of_length = of_length * length, of_length * factors
+        if scheme.is_symmetric:
+            ends = [(torch.where(upper, largest, least), of_length[0] / torch.where(upper, above, below))]
+        else:
+            ends = [(least, of_length[0]), (largest, of_length[1])]
+        of_weight = of_weight.clone() if factors is None else of_weight
+        first = 0
+        for part, out in zip(*(group_views(matrix, scheme.group_size) for matrix in (weight, of_weight)), strict=True):
+            groups = slice(first, first + part.shape[1])
+            for value, of_value in ends:
+                add_where_equal(out, part, value[:, groups, None], of_value[:, groups, None])
+            first = groups.stop
+        return of_weight, of_factors, None, None
+
+
+def _extremes(weight: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
+    """(least, largest) [rows, groups] of every group and 0."""
+    views = group_views(weight, scheme.group_size)
+    least = torch.cat([view.amin(-1) for view in views], dim=1).clamp_(max=0)
+    return least, torch.cat([view.amax(-1) for view in views], dim=1).clamp_(min=0)
+
+
+def _reach_over(least: Tensor, largest: Tensor, scheme: WeightScheme) -> Tensor:
+    """``reach`` of weights with these extremes."""
+    if not scheme.is_symmetric:
+        return torch.stack((least, largest))
+    below, above = _level_ends(scheme)
+    scale = torch.maximum(least / below, largest / above)
+    return torch.stack((scale * below, scale * above))
 
 
 def _inside(weight: Tensor, ends: Tensor, scheme: WeightScheme) -> Tensor:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from quantkit.formats.layer import LayerInputs
 from quantkit.kernels import online
 from quantkit.kernels.reference import fake_quantize
+from quantkit.learn.balance import balanced_roots
 from quantkit.learn.changes import FEWEST_ROWS, Change
 from quantkit.learn.fake_quant import LARGEST_START, Clip, InputRounding, round_weight, search_factors
 from quantkit.learn.functional import Tensors, fold_matrix, fold_site
@@ -41,7 +42,7 @@ _SHARES = tuple(1 - step / 20 for step in range(11))
 """Of an input's range, tried as a start: 1, 0.95 .. 0.5."""
 
 _MOST_ROWS = 4096
-"""Inputs that such a share is judged by; of the experts of a block together."""
+"""Inputs that starts are judged by; of the experts of a block together."""
 
 _KEPT = 1 << 24
 """Weights of a block up to which what changes them is kept for the way back: 0.3 GB."""
@@ -108,19 +109,34 @@ class FlatBlock:
                 own.right = matrix(site.head_dim)
             own.left = matrix(left) if left > 1 else None
         elif left > 1:
-            own.left, own.right = matrix(left), matrix(width // left)
+            roots = self._balanced(own, left) if self._config.matrix_start == "balanced" else (None, None)
+            own.left, own.right = matrix(left, root=roots[0]), matrix(width // left, root=roots[1])
         else:
             self._situation.note(f"flatquant: {place.label} has {width} channels, a prime: they are scaled, not mixed.")
 
+    def _balanced(self, own: PlaceParameters, left: int) -> tuple[Tensor, Tensor]:
+        """``balanced_roots`` of a place that has scales alone so far."""
+        weights = []
+        for site in own.place.sites:
+            scale = next((change.values()[0].detach() for change in own.changes if change.site is site), 1.0)
+            weights += [self._base[f"{name}.weight"] / scale for name in site.consumers if name in own.place.linears]
+        return balanced_roots(self._rows_of(own).detach(), torch.cat(weights), left)
+
+    def _rows_of(self, own: PlaceParameters) -> Tensor:
+        """Inputs of a place from calibration, [rows, columns], behind all that is done to them but the rounding."""
+        most = -(-_MOST_ROWS // len(own.place.sites))
+        inputs = [(self._statistics.of_site(site).rows[:most], site.consumers[0]) for site in own.place.sites]
+        return torch.cat([own.changed(x, name) for x, name in inputs])
+
     def _matrices_of(self, label: str) -> Callable[..., Matrix]:
-        """A function (size, heads = 1) that draws one matrix after the other for what is called ``label``."""
+        """A function (size, heads = 1, root = None) that draws one matrix after the other for ``label``."""
         config, situation = self._config, self._situation
         seed = zlib.crc32(f"{situation.seed} {situation.block.index} {label}".encode())
         generator = torch.Generator().manual_seed(seed)
 
-        def matrix(size: int, heads: int = 1) -> Matrix:
+        def matrix(size: int, heads: int = 1, root: Tensor | None = None) -> Matrix:
             starts = [start_matrix(config.matrix_start, size, generator) for _ in range(heads)]
-            return Matrix(torch.stack(starts), config.parameterisation)
+            return Matrix(torch.stack(starts), config.parameterisation, root)
 
         return matrix
 
@@ -185,11 +201,9 @@ class FlatBlock:
         return [1.0 if own.shares is None else self._search_share(own, tensors) for own in self._places]
 
     def _search_share(self, own: PlaceParameters, tensors: Tensors) -> float:
-        activations, sites = self._situation.scheme.activations, own.place.sites
+        activations = self._situation.scheme.activations
         assert activations is not None
-        most = -(-_MOST_ROWS // len(sites))
-        inputs = [(self._statistics.of_site(site).rows[:most], site.consumers[0]) for site in sites]
-        rows = torch.cat([own.changed(x, name) for x, name in inputs])
+        rows = self._rows_of(own)
         energy = torch.stack([tensors[f"{name}.weight"].square().sum(0) for name in own.place.linears]).sum(0)
 
         def error(share: float) -> float:

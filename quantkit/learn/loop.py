@@ -1,6 +1,7 @@
 """One optimiser loop for everything that is learned about a block.
 
-Adam in float32 on a few groups of parameters, each with its learning rate. A part of the samples is held out; what is
+Adam in float32, with Nesterov's momentum if wanted (Dozat, NAdam, ICLR workshop 2016), on a few groups of parameters,
+each with its learning rate. A part of the samples is held out; what is
 kept is the state with the least loss there, the one before the first step included. A step without finite gradients is
 not taken. An epoch that ends without a finite loss, or in which most steps could not be taken, is undone: training goes
 on from the best state with half the learning rates.
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, Field
@@ -22,6 +23,7 @@ Losses = Callable[[Sequence[int]], Tensor]
 BeginEpoch = Callable[[int, int], bool]
 """(epoch 0 .. epochs - 1, epochs), before its first step -> does everything learn from here on?"""
 
+Share = Annotated[float, Field(ge=0, lt=1)]
 _HALVINGS = 3
 """As often are the learning rates halved before training is given up."""
 
@@ -32,7 +34,9 @@ class LoopOptions(BaseModel, frozen=True, extra="forbid"):
     epochs: int = Field(10, ge=0, description="passes over the samples")
     batch: int = Field(4, ge=1, description="samples per step")
     micro_batch: int = Field(4, ge=1, description="samples at a time: less memory, the same steps")
-    schedule: Literal["constant", "cosine"] = Field("cosine", description="of the learning rates")
+    optimiser: Literal["adam", "nadam"] = Field("adam", description="nadam: Adam with Nesterov's momentum")
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="decay of the means of gradients and of their squares")
+    schedule: Literal["constant", "cosine", "linear"] = Field("cosine", description="of the learning rates, down to 0")
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps in which the learning rates rise from 0")
     holdout: float = Field(0.1, ge=0, le=0.5, description="share of the samples that judge the result; 0: all judge")
     patience: int = Field(
@@ -223,12 +227,15 @@ class _Training:
         warm = self._options.warmup * steps
         if step < warm:
             return (step + 1) / (warm + 1)
-        if self._options.schedule == "constant":
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+        gone = (step - warm) / (steps - warm)
+        return {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * gone)), "linear": 1 - gone}[
+            self._options.schedule
+        ]
 
     def _new_optimiser(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam([{"params": list(group.parameters), "lr": group.lr} for group in self._groups])
+        made = torch.optim.NAdam if self._options.optimiser == "nadam" else torch.optim.Adam
+        groups = [{"params": list(group.parameters), "lr": group.lr} for group in self._groups]
+        return made(groups, betas=self._options.betas)
 
     def _judge(self) -> float:
         return mean_loss(self._fix, self._judges, self._options.micro_batch)

@@ -10,7 +10,8 @@ keys are multiplied by a learned matrix on their way into the cache (``learn/key
 error of the block's output with all that is rounded, against that of the float block (eq. 4). Differences from the
 authors' code:
 
-  - P starts as a Hadamard matrix and c where both errors weigh the same, limits where a search has them: fewer steps.
+  - c and P start where the errors of inputs and weights are least together (``learn/balance.py``), but for a Hadamard
+    matrix behind that, limits where a search has them; steps are taken with Nesterov's momentum: far fewer will do.
   - c and the stretch of P are learned as logarithms, so nothing crosses 0; there is no weight decay.
   - One limit for all linears that read an input, so that it is transformed and rounded once; a matrix of their own for
     the values of every key/value head; limits of the weights of v behind it.
@@ -32,6 +33,7 @@ from pydantic import Field, model_validator
 
 from quantkit.learn.block import BlockLearner, BlockOptions
 from quantkit.learn.flat import FlatBlock
+from quantkit.learn.loop import Share
 from quantkit.learn.matrices import Parameterisation, Start
 from quantkit.learn.places import places
 from quantkit.models.block import Site
@@ -41,6 +43,7 @@ _START_SAMPLES = 8
 """Samples that decide where limits start."""
 _FAITHFUL = {
     "epochs": 15, "batch": 4, "micro_batch": 4, "holdout": 0.0, "skip_first": False, "warmup": 0.0,
+    "optimiser": "adam", "betas": (0.9, 0.999), "schedule": "cosine",
     "matrix_start": "cayley", "diag_start": "smoothquant", "alpha": 0.3, "clip_start": "wide", "lr": 5e-3,
     "lr_clip": 5e-2, "patience": 1000,  # no early end
 }  # fmt: skip
@@ -52,12 +55,15 @@ class Config(BlockOptions):
     preset: Literal["recommended", "faithful"] = Field(
         "recommended", description="faithful: the authors' recipe, for every option that is not given"
     )
-    epochs: int = Field(4, ge=0, description="passes over the samples")
+    epochs: int = Field(3, ge=0, description="passes over the samples")
     batch: int = Field(2, ge=1, description="samples per step")
     micro_batch: int = Field(2, ge=1, description="samples at a time: less memory, the same steps")
+    optimiser: Literal["adam", "nadam"] = Field("nadam", description="nadam: Adam with Nesterov's momentum")
+    betas: tuple[Share, Share] = Field((0.8, 0.99), description="decay of the means of gradients and of their squares")
     inputs: Literal["float", "quantised"] = Field(
         "float", description="what enters the block while it is learned; float: blocks do not depend on each other"
     )
+    schedule: Literal["constant", "cosine", "linear"] = Field("linear", description="of the learning rates, down to 0")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rates rise from 0")
     matrices: bool = Field(True, description="learn matrices that mix the channels of inputs, and of values in heads")
     diagonal: bool = Field(True, description="learn scales of channels in front of them")
@@ -68,7 +74,9 @@ class Config(BlockOptions):
     )
     parameterisation: Parameterisation = Field("svd", description="of the matrices: themselves, or as U S V")
     matrix_start: Start = Field(
-        "hadamard", description="matrices to start with: Hadamard, uniformly random, or the authors' half mixed ones"
+        "balanced",
+        description="matrices to start with: Hadamard behind the stretch with the least errors of inputs and weights, "
+        "Hadamard, uniformly random, or the authors' half mixed ones",
     )
     diag_start: Literal["rms", "smoothquant", "one"] = Field(
         "rms", description="scales to start with: sqrt(rms of weights / rms of inputs), SmoothQuant's with ``alpha``, 1"
@@ -77,7 +85,7 @@ class Config(BlockOptions):
     clip_start: Literal["search", "wide"] = Field(
         "search", description="limits to start with: searched where that helps, or the authors' 0.982 of the range"
     )
-    lr: float = Field(2e-2, gt=0, description="learning rate of matrices and scales")
+    lr: float = Field(2.5e-2, gt=0, description="learning rate of matrices and scales")
     lr_clip: float = Field(5e-2, gt=0, description="learning rate of limits")
 
     @model_validator(mode="before")

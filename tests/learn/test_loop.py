@@ -164,8 +164,9 @@ def test_nothing_to_gain_takes_no_step() -> None:
             {"schedule": "cosine", "warmup": 0.25},
             [1 / 3, 2 / 3, *((1 + math.cos(math.pi * n / 6)) / 2 for n in range(6))],
         ),
+        ({"schedule": "linear", "warmup": 0.25}, [1 / 3, 2 / 3, *(1 - n / 6 for n in range(6))]),
     ],
-    ids=["constant", "warm-up", "cosine", "both"],
+    ids=["constant", "warm-up", "cosine", "both", "linear"],
 )
 def test_learning_rates_follow_the_schedule(options: dict[str, Any], factors: list[float]) -> None:
     """Where the slope is 1 everywhere, Adam's steps are the learning rate."""
@@ -178,6 +179,20 @@ def test_learning_rates_follow_the_schedule(options: dict[str, Any], factors: li
     train(groups, fix, range(8), range(8), LoopOptions(**(QUIET | {"batch": 2} | options), epochs=2), seed=0)
     assert float(slow.detach()) == pytest.approx(-0.01 * sum(factors), rel=1e-4)
     assert float(fast.detach()) == pytest.approx(-0.1 * sum(factors), rel=1e-4)
+
+
+@pytest.mark.parametrize("optimiser", ["adam", "nadam"])
+def test_steps_are_those_of_the_optimiser(optimiser: str) -> None:
+    line, again = Line(), Line()
+    options = LoopOptions(**QUIET, epochs=3, optimiser=optimiser, betas=(0.7, 0.9))
+    train([Group("w", [line.w], 0.1)], line.fix, range(8), range(8), options, seed=0)
+    kind = {"adam": torch.optim.Adam, "nadam": torch.optim.NAdam}[optimiser]
+    plain = kind([again.w], lr=0.1, betas=(0.7, 0.9))
+    for _ in range(3):
+        plain.zero_grad()
+        again.fix()(range(8)).mean().backward()
+        plain.step()
+    torch.testing.assert_close(line.w, again.w)
 
 
 def test_autocast_is_for_training_only() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from quantkit.learn.matrices import Matrix, Parameterisation, Start, cayley, start_matrix
 
 FORMS: list[Parameterisation] = ["direct", "svd"]
-STARTS: list[Start] = ["hadamard", "haar", "cayley"]
+STARTS: list[Start] = ["balanced", "hadamard", "haar", "cayley"]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -49,6 +49,22 @@ def test_training_begins_at_the_start(parameterisation: Parameterisation, kind: 
     value, undo = Matrix(start, parameterisation)()
     torch.testing.assert_close(value, start, rtol=0, atol=1e-6)
     torch.testing.assert_close(undo, start, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("parameterisation", FORMS)
+def test_it_may_begin_behind_a_stretch(parameterisation: Parameterisation) -> None:
+    root = gaussian(12, 12, seed=3).double()
+    root = torch.linalg.matrix_exp((root + root.mT) / 20)
+    start = torch.stack([start_matrix("balanced", 12, generator(n)) for n in range(2)])
+    value, undo = Matrix(start, parameterisation, root)()
+    torch.testing.assert_close(value, (root @ start.double()).float(), rtol=1e-5, atol=1e-5)
+    assert far_from_one(value, undo) < 1e-5
+
+
+def test_a_stretch_to_begin_with_has_bounds() -> None:
+    value, undo = Matrix(torch.eye(4)[None], "svd", torch.diag(torch.tensor([1e-9, 0.5, 2.0, 1e9])).double())()
+    assert float(value.max()) == pytest.approx(100**0.45, rel=1e-3)
+    assert far_from_one(value, undo) < 1e-5
 
 
 @pytest.mark.parametrize("size", [1, 2, 13, 20, 24, 64])

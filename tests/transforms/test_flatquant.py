@@ -214,7 +214,9 @@ def test_training_beats_rounding_and_fixed_rotations(outliers: Path) -> None:
     """On samples that were not trained on, in a block with outlier channels."""
     losses: dict[str, float] = {}
     for part, options in {
-        "rotations": {"epochs": 0, "diagonal": False, "weight_clip": False, "activation_clip": False},
+        "rotations": {"epochs": 0, "diagonal": False, "weight_clip": False, "activation_clip": False}
+        | {"matrix_start": "hadamard"},
+        "scaled": {"epochs": 0, "matrix_start": "hadamard"},
         "start": {"epochs": 0},
         "learned": {"epochs": 20, "patience": 20},
     }.items():
@@ -222,7 +224,7 @@ def test_training_beats_rounding_and_fixed_rotations(outliers: Path) -> None:
             fact = solve(lesson, **options).facts[0]
             losses |= {part: fact["loss"], "rtn": fact["loss_before"]}
     assert losses["rotations"] < 0.6 * losses["rtn"]
-    assert losses["start"] < 0.3 * losses["rotations"]
+    assert losses["start"] < losses["scaled"] < 0.3 * losses["rotations"]
     assert losses["learned"] < 0.9 * losses["start"]
 
 
@@ -330,7 +332,8 @@ def test_the_faithful_preset_gives_way_to_options() -> None:
     config = flatquant.Config(preset="faithful", epochs=3)
     assert (config.epochs, config.parameterisation, config.matrix_start, config.holdout) == (3, "svd", "cayley", 0.0)
     assert config.patience > 15
-    assert flatquant.Config().matrix_start == "hadamard"
+    assert (config.optimiser, config.betas) == ("adam", (0.9, 0.999))
+    assert flatquant.Config().matrix_start == "balanced"
 
 
 # --- whole models ----------------------------------------------------------------------------------------------------

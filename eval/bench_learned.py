@@ -4,8 +4,10 @@
 
 Measured on the blocks of ``--model``, or with ``--large`` on one random-weight block of the shape of Llama-3-8B, where
 few samples (``--nsamples 8``) tell what a step costs. Both recipes learn from the same samples and are judged by the
-same held-out ones; a block's loss is the error of its output there, over the variance of the output. Seconds are CPU
-seconds of all threads, everything about the block included. Each run is a process of its own.
+same held-out ones; a block's loss is the error of its output there, over the variance of the output. ``loss`` is that
+of the state that is kept, the best one behind any epoch: the more epochs, the more it owes to the choice;
+``loss_at_end`` is that of the last state. Seconds are CPU seconds of all threads, everything about the block included.
+Each run is a process of its own.
 """
 
 from __future__ import annotations
@@ -79,6 +81,7 @@ def _measure(model: Path, recipe: dict[str, Any]) -> dict[str, Any]:
         "peak_rss_mb": round(run["peak_rss_bytes"] / 1e6, 1),
         "loss_of_rounding": _geometric_mean([fact["loss_before"] for fact in learned]),
         "loss_at_start": _geometric_mean([fact["learning"]["holdout"][0] for fact in learned]),
+        "loss_at_end": _geometric_mean([fact["learning"]["holdout"][-1] for fact in learned]),
         "loss": _geometric_mean([fact["loss"] for fact in learned]),
     }
 

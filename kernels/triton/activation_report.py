@@ -18,7 +18,6 @@ from quantkit.kernels.triton import (
     activation,
     activation_kernels,
     ahead,
-    configs,
     fused_kernels,
     transforms,
     transforms_kernels,
@@ -233,19 +232,15 @@ def main(targets: list[str]) -> int:
 
 def table(of: Callable[[str], Iterable[Variant]], targets: list[str]) -> int:
     """Print what ``of`` every target yields; 1 if one of that does not fit."""
-    unfit = 0
-    print(f"{'target':8}{'variant':44}{'warps':>6}{'regs':>6}{'spilled':>9}{'shared':>9}{'instructions':>14}")
-    for target in targets or ahead.TARGETS:
-        for variant in of(target):
-            built = build(variant, target)
-            fits = not built.spilled and built.shared <= configs.SHARED_LIMIT[target]
-            unfit += not fits
-            print(
-                f"{target:8}{variant.name:44}{variant.warps:>6}{built.registers:>6}{built.spilled:>9}"
-                f"{built.shared:>9}{built.instructions.total():>14}{'' if fits else '  DOES NOT FIT'}",
-                flush=True,
-            )
-    return int(unfit > 0)
+
+    def lines() -> Iterator[ahead.Line]:
+        for target in targets or ahead.TARGETS:
+            for variant in of(target):
+                built = build(variant, target)
+                more = {"warps": str(variant.warps), "instructions": str(built.instructions.total())}
+                yield ahead.Line(target, variant.name, built, more)
+
+    return ahead.print_lines(lines())
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from quantkit.kernels.triton import compat
+from quantkit.kernels.triton import compat, configs
 
 TARGETS = ("sm_80", "sm_90", "gfx942")
 
@@ -76,6 +77,39 @@ def build(
     if nvidia:
         return _nvidia(compiled.asm["cubin"], compiled.metadata.shared)
     return _amd(compiled.asm["amdgcn"], compiled.metadata.shared)
+
+
+class Line(NamedTuple):
+    """A line of a report."""
+
+    target: str
+    variant: str
+    built: Built
+    more: dict[str, str]
+    """Column of this report -> what to write in it."""
+    meant: bool = True
+    """Are the instructions that are meant there?"""
+
+    @property
+    def fits(self) -> bool:
+        return self.meant and not self.built.spilled and self.built.shared <= configs.SHARED_LIMIT[self.target]
+
+
+def print_lines(lines: Iterable[Line]) -> int:
+    """Print a table, line by line; 1 if one does not fit its target, spills or lacks what is meant."""
+    unfit, headed = 0, False
+    for line in lines:
+        built = line.built
+        columns = line.more | {
+            "regs": str(built.registers), "spilled": str(built.spilled), "shared": str(built.shared),
+        }  # fmt: skip
+        if not headed:
+            print(f"{'target':8}{'variant':60}" + "".join(f"{name:>{len(name) + 5}}" for name in columns))
+            headed = True
+        cells = "".join(f"{value:>{len(name) + 5}}" for name, value in columns.items())
+        print(f"{line.target:8}{line.variant:60}{cells}{'' if line.fits else '  DOES NOT FIT'}", flush=True)
+        unfit += not line.fits
+    return int(unfit > 0)
 
 
 def _nvidia(cubin: bytes, shared: int) -> Built:

@@ -8,10 +8,10 @@ prints what ``weight_only_report`` does for the weight-only one, and the matrix 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from quantkit.kernels.triton import ahead, configs, integer, integer_configs, integer_kernels, integer_layout
+from quantkit.kernels.triton import ahead, integer, integer_configs, integer_kernels, integer_layout
 from quantkit.kernels.triton.ahead import Built
 from quantkit.kernels.triton.configs import Config, Device
 from quantkit.kernels.triton.integer_configs import Problem
@@ -146,22 +146,20 @@ def cost(variant: Variant, built: Built) -> float:
 
 def main(targets: list[str]) -> int:
     """Print the table; 1 if a variant does not fit its target."""
-    unfit = 0
-    print(f"{'target':8}{'variant':36}{'tile':>10}{'warps':>6}{'stages':>7}{'regs':>6}{'spilled':>9}{'shared':>9}"
-          f"{'per weight':>12}")  # fmt: skip
-    for target in targets or ahead.TARGETS:
+    return ahead.print_lines(_lines(targets or ahead.TARGETS))
+
+
+def _lines(targets: Iterable[str]) -> Iterator[ahead.Line]:
+    for target in targets:
         for variant in variants(target):
             built, config = build(variant), variant.config
-            products = built.count(PRODUCTS[target])
-            fits = not built.spilled and built.shared <= configs.SHARED_LIMIT[target] and products
-            unfit += not fits
-            tile = f"{config.block_n}x{config.block_m}"
-            print(
-                f"{target:8}{variant.name:36}{tile:>10}{config.warps:>6}{config.stages:>7}{built.registers:>6}"
-                f"{built.spilled:>9}{built.shared:>9}{cost(variant, built):>12.2f}{'' if fits else '  DOES NOT FIT'}",
-                flush=True,
-            )
-    return int(unfit > 0)
+            more = {
+                "tile": f"{config.block_n}x{config.block_m}",
+                "warps": str(config.warps),
+                "stages": str(config.stages),
+                "per weight": f"{cost(variant, built):.2f}",
+            }
+            yield ahead.Line(target, variant.name, built, more, meant=built.count(PRODUCTS[target]) > 0)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ time for while it would read the two in 16 bits: 29.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from quantkit.kernels.triton import activation_report, ahead, compat, configs, kv_attention, kv_attention_kernels
+from quantkit.kernels.triton import activation_report, ahead, compat, kv_attention, kv_attention_kernels
 from quantkit.kernels.triton.activation_report import Variant
 from quantkit.kernels.triton.ahead import Built
 
@@ -152,20 +152,16 @@ def cost(variant: Variant, built: Built, target: str) -> float:
 
 def main(targets: list[str]) -> int:
     """Print the table; 1 if a variant does not fit its target."""
-    unfit = 0
-    print(f"{'target':8}{'variant':60}{'warps':>6}{'regs':>6}{'spilled':>9}{'shared':>9}{'per pair':>10}")
-    for target in targets or ahead.TARGETS:
+    return ahead.print_lines(_lines(targets or ahead.TARGETS))
+
+
+def _lines(targets: Iterable[str]) -> Iterator[ahead.Line]:
+    for target in targets:
         for variant in variants(target):
             built = build(variant, target)
-            fits = not built.spilled and built.shared <= configs.SHARED_LIMIT[target]
-            fits = fits and (variant.kernel is kv_attention_kernels.merge_kernel or built.count(PRODUCTS[target]) > 0)
-            unfit += not fits
-            print(
-                f"{target:8}{variant.name:60}{variant.warps:>6}{built.registers:>6}{built.spilled:>9}"
-                f"{built.shared:>9}{cost(variant, built, target):>10.1f}{'' if fits else '  DOES NOT FIT'}",
-                flush=True,
-            )
-    return int(unfit > 0)
+            meant = variant.kernel is kv_attention_kernels.merge_kernel or built.count(PRODUCTS[target]) > 0
+            more = {"warps": str(variant.warps), "per pair": f"{cost(variant, built, target):.1f}"}
+            yield ahead.Line(target, variant.name, built, more, meant)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ memory than there is or does not use matrix units.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
-from quantkit.kernels.triton import activation_report, ahead, configs, kv_encode, kv_encode_kernels
+from quantkit.kernels.triton import activation_report, ahead, kv_encode, kv_encode_kernels
 from quantkit.kernels.triton.activation_report import Variant
 from quantkit.kv.nsn_encode import mean_group
 
@@ -73,21 +73,16 @@ def variants() -> Iterator[Variant]:
 
 def main(targets: list[str]) -> int:
     """Print the table; 1 if a variant does not fit its target."""
-    unfit = 0
-    print(f"{'target':8}{'variant':48}{'warps':>6}{'regs':>6}{'spilled':>9}{'shared':>9}{'instructions':>14}"
-          f"{'products':>10}")  # fmt: skip
-    for target in targets or ahead.TARGETS:
+    return ahead.print_lines(_lines(targets or ahead.TARGETS))
+
+
+def _lines(targets: Iterable[str]) -> Iterator[ahead.Line]:
+    for target in targets:
         for variant in variants():
             built = activation_report.build(variant, target)
-            products = built.count(PRODUCTS[target])
-            fits = not built.spilled and built.shared <= configs.SHARED_LIMIT[target] and products
-            unfit += not fits
-            print(
-                f"{target:8}{variant.name:48}{variant.warps:>6}{built.registers:>6}{built.spilled:>9}"
-                f"{built.shared:>9}{built.instructions.total():>14}{products:>10}{'' if fits else '  DOES NOT FIT'}",
-                flush=True,
-            )
-    return int(unfit > 0)
+            products, total = built.count(PRODUCTS[target]), built.instructions.total()
+            more = {"warps": str(variant.warps), "instructions": str(total), "products": str(products)}
+            yield ahead.Line(target, variant.name, built, more, meant=products > 0)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ about 3.5 (H200), 5 (A100) at 4 bits, 2.5 and 4 at 3 bits.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from quantkit.kernels.triton import ahead, compat, configs, layout, weight_only, weight_only_kernels
@@ -135,20 +135,19 @@ def cost(variant: Variant, built: Built) -> float:
 
 def main(targets: list[str]) -> int:
     """Print the table; 1 if a variant does not fit its target."""
-    unfit = 0
-    print(f"{'target':8}{'variant':36}{'tile':>10}{'warps':>6}{'regs':>6}{'spilled':>9}{'shared':>9}{'per weight':>12}")
-    for target in targets or ahead.TARGETS:
+    return ahead.print_lines(_lines(targets or ahead.TARGETS))
+
+
+def _lines(targets: Iterable[str]) -> Iterator[ahead.Line]:
+    for target in targets:
         for variant in variants(target):
             built, config = build(variant), variant.config
-            fits = not built.spilled and built.shared <= configs.SHARED_LIMIT[target]
-            unfit += not fits
-            tile = f"{config.block_n}x{config.block_m}"
-            print(
-                f"{target:8}{variant.name:36}{tile:>10}{config.warps:>6}{built.registers:>6}{built.spilled:>9}"
-                f"{built.shared:>9}{cost(variant, built):>12.2f}{'' if fits else '  DOES NOT FIT'}",
-                flush=True,
-            )
-    return int(unfit > 0)
+            more = {
+                "tile": f"{config.block_n}x{config.block_m}",
+                "warps": str(config.warps),
+                "per weight": f"{cost(variant, built):.2f}",
+            }
+            yield ahead.Line(target, variant.name, built, more)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
-"""Triton's interpreter for the tests that ask for it; everything else in the process keeps the compiled functions."""
+"""Triton's interpreter, or an H200 to compile for, for the tests that ask for one; everything else in the process keeps
+the compiled functions."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
+import torch
+from torch import Tensor
 
 from quantkit.kernels.triton import (
     activation,
@@ -137,3 +142,76 @@ def interpreted_kv_encode(
 ) -> None:
     """Keys and values are packed in the interpreter, on CPU tensors."""
     monkeypatch.setattr(kv_encode, "_kernels", lambda: interpreted_kv_encode_kernels)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor that a launch makes starts as NaN, or a large number: an element that is not written shows."""
+    new_empty = Tensor.new_empty
+
+    def poison(self: Tensor, *args: Any, **options: Any) -> Tensor:
+        fresh = new_empty(self, *args, **options)
+        return fresh.fill_(float("nan") if fresh.is_floating_point() else torch.iinfo(fresh.dtype).max // 3)
+
+    monkeypatch.setattr(Tensor, "new_empty", poison)
+
+
+@pytest.fixture
+def nothing_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier run compiled is not looked at."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+class Launch(NamedTuple):
+    """A launch that was compiled and not run."""
+
+    name: str
+    grid: tuple[int, ...]
+    compiled: Any
+
+
+@pytest.fixture
+def compiled_only(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Launch]]:
+    """A function (module, *names of kernels in it): they compile for an H200 when they are launched, with the arguments
+    as they are on a GPU, and stop there. Every call returns the one list of all launches."""
+    launches: list[Launch] = []
+    monkeypatch.setattr(compat.module("runtime.driver").driver, "_active", _H200(), raising=False)
+
+    def replace(module: ModuleType, *names: str) -> list[Launch]:
+        for name in names:
+            monkeypatch.setattr(module, name, _Compiled(getattr(module, name), launches))
+        return launches
+
+    return replace
+
+
+class _H200:
+    """As much of a driver as a launch asks before it has something to run."""
+
+    def get_current_target(self) -> Any:
+        return compat.module("backends.compiler").GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+_ON_GPU = {"INTERPRETED": False, "RECIPROCAL": True, "PTX": True}
+"""What launchers decide by where their tensors are."""
+
+
+class _Compiled:
+    """``kernel[grid](...)`` that compiles for what it is given, and stops there."""
+
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **options: Any) -> None:
+            options |= {name: value for name, value in _ON_GPU.items() if name in options}
+            compiled = self.kernel.warmup(*arguments, grid=grid, **options)
+            self.launches.append(Launch(self.kernel.__name__, grid, compiled))
+
+        return launch

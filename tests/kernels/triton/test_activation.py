@@ -6,8 +6,6 @@ themselves. Of bfloat16 numbers below 2**-126 it reads another value; there are 
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from handmade import layer_format, layer_inputs
@@ -19,19 +17,9 @@ from quantkit.kernels.input_codes import InputCodes
 from quantkit.kernels.triton import activation, compat, configs
 from quantkit.recipe import ActivationScheme, Scheme
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tensor that a launch makes starts as NaN, or a large number: an element that is not written shows."""
-    new_empty = Tensor.new_empty
-
-    def poison(self: Tensor, *args: Any, **options: Any) -> Tensor:
-        fresh = new_empty(self, *args, **options)
-        return fresh.fill_(float("nan") if fresh.is_floating_point() else torch.iinfo(fresh.dtype).max // 3)
-
-    monkeypatch.setattr(Tensor, "new_empty", poison)
 
 
 def scheme_of(text: str) -> ActivationScheme:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from random_layers import random_layer
@@ -13,19 +9,16 @@ from random_layers import random_layer
 from quantkit.kernels.triton import ahead, compat, configs, weight_only, weight_only_kernels, weight_only_report
 from quantkit.kernels.triton.weight_only_report import Variant
 
-pytestmark = pytest.mark.skipif(not compat.AVAILABLE, reason="needs triton")
+pytestmark = [
+    pytest.mark.skipif(not compat.AVAILABLE, reason="needs triton"),
+    pytest.mark.usefixtures("nothing_kept"),
+]
 
 ROWS = {"fp16": 8, "bf16": 64}
 """A tile of each kind: few rows, columns shared between programs, scales after the product; and the other."""
 
 BUDGET = {8: 4.5, 4: 3.3, 3: 3.6, 2: 2.9}
 """Bits -> instructions per weight of few rows, groups of 32 included: a tenth above what was counted."""
-
-
-@pytest.fixture(autouse=True)
-def nothing_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an earlier run compiled is not looked at."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
 def shipped(target: str) -> list[Variant]:
@@ -82,33 +75,6 @@ def test_a_weight_costs_few_enough_instructions():
     assert weight_only_report.cost(variant, weight_only_report.build(variant)) < 2.7
 
 
-class _H200:
-    """As much of a driver as a launch asks before it has something to run."""
-
-    def get_current_target(self) -> Any:
-        return compat.module("backends.compiler").GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-class _Compiled:
-    """``kernel[grid](...)`` that compiles for what it is given, and stops there."""
-
-    def __init__(self, kernel: Any, launches: list[tuple[int, int]]) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
-        def launch(*arguments: Any, **options: Any) -> None:
-            self.kernel.warmup(*arguments, grid=grid, **options | {"PTX": True})
-            self.launches.append(grid)
-
-        return launch
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "rows", "columns", "tokens", "grid"),
@@ -118,17 +84,13 @@ class _Compiled:
         ("W2SA16GC", 200, 1000, 300, (4, 4)),  # written out
     ],
 )
-def test_what_is_launched_compiles(monkeypatch, scheme, rows, columns, tokens, grid):
+def test_what_is_launched_compiles(compiled_only, monkeypatch, scheme, rows, columns, tokens, grid):
     """The launch as it is made on a GPU: its arguments fit the kernel, in whatever way Triton specialises them."""
-    launches: list[tuple[int, int]] = []
-    active = compat.module("runtime.driver").driver
-    monkeypatch.setattr(active, "_active", _H200(), raising=False)
+    launches = compiled_only(weight_only_kernels, "matmul_kernel", "dequantize_kernel")
     monkeypatch.setattr(configs, "device_of", lambda device: configs.Device("sm_90", 132))
-    for name in ("matmul_kernel", "dequantize_kernel"):
-        monkeypatch.setattr(weight_only_kernels, name, _Compiled(getattr(weight_only_kernels, name), launches))
     layer = random_layer(scheme, rows, columns, bias=True, dtype=torch.bfloat16)
     packed = weight_only.pack(layer)
     assert packed is not None
     y = weight_only.run(torch.randn(tokens, columns, dtype=torch.bfloat16), layer, packed)
     assert y.shape == (tokens, rows)
-    assert launches == [grid]
+    assert [launch.grid for launch in launches] == [grid]

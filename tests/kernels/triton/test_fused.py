@@ -6,8 +6,6 @@ the very values that the kernel wrote, bit for bit.
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,21 +21,11 @@ from quantkit.kernels.triton import activation, fused
 from quantkit.kernels.triton.fused import Activation, Norm, NormKind
 from quantkit.recipe import ActivationScheme, Scheme
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 KINDS: list[NormKind] = ["llama", "gemma", "layer"]
 EPS = 1e-3  # large enough to be missed
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tensor that a launch makes starts as NaN, or a large number: an element that is not written shows."""
-    new_empty = Tensor.new_empty
-
-    def poison(self: Tensor, *args: Any, **options: Any) -> Tensor:
-        fresh = new_empty(self, *args, **options)
-        return fresh.fill_(float("nan") if fresh.is_floating_point() else torch.iinfo(fresh.dtype).max // 3)
-
-    monkeypatch.setattr(Tensor, "new_empty", poison)
 
 
 def scheme_of(text: str) -> ActivationScheme:

@@ -12,19 +12,9 @@ from quantkit.kv.interface import LayerKV
 from quantkit.kv.quantiser import MinMax
 from quantkit.kv.rotation import KeyMatrix, RandomHadamard
 
+pytestmark = pytest.mark.usefixtures("interpreted_inputs", "poisoned")
+
 DTYPES = [torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def poisoned(interpreted_inputs, monkeypatch):
-    """In the interpreter; every tensor that a launch makes starts as NaN, or a large number."""
-    new_empty = Tensor.new_empty
-
-    def poison(self, *args, **options):
-        fresh = new_empty(self, *args, **options)
-        return fresh.fill_(float("nan") if fresh.is_floating_point() else torch.iinfo(fresh.dtype).max // 3)
-
-    monkeypatch.setattr(Tensor, "new_empty", poison)
 
 
 @pytest.fixture

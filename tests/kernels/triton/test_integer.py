@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,8 @@ from quantkit.kernels.input_codes import InputCodes
 from quantkit.kernels.triton import compat, configs, integer, integer_configs, integer_layout
 from quantkit.kernels.triton.configs import Config
 from quantkit.layers.quant_linear import QuantLinear
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 SCHEMES = ["W8A8", "W8A8G32", "W8ZA8", "W8ZA8Z", "W8ZA8ZG64", "W8A8ZG128", "W8A8TS", "W8ZA8ZTS", "W8A8ZT",
            "W4A8", "W4A8Z", "W4A8G128", "W4A8ZG64", "W4ZA8", "W4ZA8ZG32", "W4ZA8G96", "W4ZA8Z", "W4A4", "W4ZA4ZG64",
@@ -32,18 +33,6 @@ def interpreter(interpreted_integer_kernels: ModuleType, monkeypatch: pytest.Mon
     """Launches on CPU tensors run in the interpreter."""
     monkeypatch.setattr(integer, "_kernels", lambda: interpreted_integer_kernels)
     return interpreted_integer_kernels
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tensor that a launch makes starts as NaN, or a large number: an element that is not written shows."""
-    new_empty = Tensor.new_empty
-
-    def poison(self: Tensor, *args: Any, **options: Any) -> Tensor:
-        fresh = new_empty(self, *args, **options)
-        return fresh.fill_(float("nan") if fresh.is_floating_point() else torch.iinfo(fresh.dtype).max // 3)
-
-    monkeypatch.setattr(Tensor, "new_empty", poison)
 
 
 def use(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:

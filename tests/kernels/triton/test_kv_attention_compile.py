@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 
@@ -16,17 +12,14 @@ from quantkit.kv.cache import QuantisedLayer
 from quantkit.kv.nsnquant import Config, layer_kv
 from quantkit.kv.rope import Rope
 
-pytestmark = pytest.mark.skipif(not compat.AVAILABLE, reason="needs triton")
+pytestmark = [
+    pytest.mark.skipif(not compat.AVAILABLE, reason="needs triton"),
+    pytest.mark.usefixtures("nothing_kept"),
+]
 
 BUDGET = {"sm_80": 15.3, "sm_90": 15.3, "gfx942": 24.5}
 """Instructions of a thread for each pair of numbers, one of a key and one of a value, with 2 bits and heads of 128: a
 tenth above what was counted. An H200 has time for 29 while it reads the two in 16 bits."""
-
-
-@pytest.fixture(autouse=True)
-def nothing_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an earlier run compiled is not looked at."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
 def check(variant: Variant, target: str) -> ahead.Built:
@@ -60,40 +53,11 @@ def test_every_third_variant_compiles(target):
         check(variant, target)
 
 
-class _H200:
-    """As much of a driver as a launch asks before it has something to run."""
-
-    def get_current_target(self) -> Any:
-        return compat.module("backends.compiler").GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-class _Compiled:
-    """``kernel[grid](...)`` that compiles for what it is given, and stops there."""
-
-    def __init__(self, kernel: Any, launches: list[tuple[tuple[int, ...], Any]]) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*arguments: Any, **options: Any) -> None:
-            self.launches.append((grid, self.kernel.warmup(*arguments, grid=grid, **options)))
-
-        return launch
-
-
 @pytest.mark.slow
-def test_what_is_launched_compiles(monkeypatch):
+def test_what_is_launched_compiles(compiled_only, monkeypatch):
     """The launch as it is made on a GPU: its arguments fit the kernels, in whatever way Triton specialises them, and
     while a sequence grows nothing is compiled again."""
-    launches: list[tuple[tuple[int, ...], Any]] = []
-    monkeypatch.setattr(compat.module("runtime.driver").driver, "_active", _H200(), raising=False)
-    for name in ("split_kernel", "merge_kernel"):
-        monkeypatch.setattr(kv_attention_kernels, name, _Compiled(getattr(kv_attention_kernels, name), launches))
+    launches = compiled_only(kv_attention_kernels, "split_kernel", "merge_kernel")
     monkeypatch.setattr(kv_attention, "_PROGRAMS", 64)
     rope = Rope(tuple(1e4 ** (-j / 32) for j in range(32)))
     for tokens, splits in ((3, 1), (4 + 16 + 1, 2), (4 + 16 + 12, 2), (4 + 5 * 16, 6)):
@@ -102,7 +66,7 @@ def test_what_is_launched_compiles(monkeypatch):
         keys, values = (store.view() for store in layer.stores)
         mask = torch.ones(1, 1, 1, tokens, dtype=torch.bool)
         kv_attention.attend(torch.randn(1, 4, 1, 64).half(), keys, values, mask, 0.125, 30.0)
-        assert [grid for grid, _ in launches[-2:]] == [(2, splits), (4, 1)]
-    compiled = [kernel for _, kernel in launches]
+        assert [launch.grid for launch in launches[-2:]] == [(2, splits), (4, 1)]
+    compiled = [launch.compiled for launch in launches]
     assert compiled[2] is compiled[4] is compiled[6] is not compiled[0]
     assert compiled[3] is compiled[5] is compiled[7]

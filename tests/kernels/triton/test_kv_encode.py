@@ -17,6 +17,8 @@ from quantkit.kv.nsn_encode import Chunks, Coder, mean_group, unpack_nibbles
 from quantkit.kv.nsn_store import NSNStore
 from quantkit.kv.rope import Rope
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 E8, KMEANS, MAGNITUDES = load("e8", 1), load("kmeans", 1), load("magnitudes", 2)
 
@@ -25,18 +27,6 @@ E8, KMEANS, MAGNITUDES = load("e8", 1), load("kmeans", 1), load("magnitudes", 2)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter a step costs the same whatever its size: the codewords are looked through in two parts."""
     monkeypatch.setattr(kv_encode, "_BLOCK", 128)
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tensor that a launch makes starts as NaN, or a large number: an element that is not written shows."""
-    new_empty = Tensor.new_empty
-
-    def poison(self: Tensor, *args: Any, **options: Any) -> Tensor:
-        fresh = new_empty(self, *args, **options)
-        return fresh.fill_(float("nan") if fresh.is_floating_point() else torch.iinfo(fresh.dtype).max // 3)
-
-    monkeypatch.setattr(Tensor, "new_empty", poison)
 
 
 def rope_for(width: int, interleaved: bool = False, share: float = 1.0) -> Rope:

@@ -3,10 +3,6 @@ units."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 
@@ -25,13 +21,10 @@ from quantkit.kv.codebooks import load
 from quantkit.kv.nsn_encode import Coder, mean_group
 from quantkit.kv.rope import Rope
 
-pytestmark = pytest.mark.skipif(not compat.AVAILABLE, reason="needs triton")
-
-
-@pytest.fixture(autouse=True)
-def nothing_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an earlier run compiled is not looked at."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+pytestmark = [
+    pytest.mark.skipif(not compat.AVAILABLE, reason="needs triton"),
+    pytest.mark.usefixtures("nothing_kept"),
+]
 
 
 def check(variant: Variant, target: str) -> ahead.Built:
@@ -59,42 +52,13 @@ def test_every_variant_compiles(target):
         check(variant, target)
 
 
-class _H200:
-    """As much of a driver as a launch asks before it has something to run."""
-
-    def get_current_target(self) -> Any:
-        return compat.module("backends.compiler").GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-class _Compiled:
-    """``kernel[grid](...)`` that compiles for what it is given, and stops there."""
-
-    def __init__(self, kernel: Any, launches: list[tuple[int, ...]]) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*arguments: Any, **options: Any) -> None:
-            self.kernel.warmup(*arguments, grid=grid, **options)
-            self.launches.append(grid)
-
-        return launch
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("bits", "book", "shift"), [(2, "magnitudes", True), (1, "e8", False)])
-def test_what_is_launched_compiles(monkeypatch, bits, book, shift):
+def test_what_is_launched_compiles(compiled_only, bits, book, shift):
     """The launch as it is made on a GPU, one sequence, one head and one chunk: sizes of 1 become constants."""
-    launches: list[tuple[int, ...]] = []
-    monkeypatch.setattr(compat.module("runtime.driver").driver, "_active", _H200(), raising=False)
-    monkeypatch.setattr(kv_encode_kernels, "encode_kernel", _Compiled(kv_encode_kernels.encode_kernel, launches))
+    launches = compiled_only(kv_encode_kernels, "encode_kernel")
     coder = Coder(load(book, bits), 16, 8, shift=shift, rope=Rope((1.0, 0.1)))
     for shape in ((1, 1, 1, 16, 16), (2, 3, 2, 16, 16)):
         states = torch.zeros(shape, dtype=torch.bfloat16)
         kv_encode.encode(states, torch.arange(shape[2]), coder, mean_group(16))
-    assert launches == [(1,), (12,)]
+    assert [launch.grid for launch in launches] == [(1,), (12,)]

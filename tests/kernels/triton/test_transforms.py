@@ -6,8 +6,6 @@ units is what test_activation_compile.py looks at.
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from handmade import layer_format
@@ -19,21 +17,11 @@ from quantkit.kernels import hadamard, input_codes, online
 from quantkit.kernels.triton import activation, activation_report, compat, configs, transforms
 from quantkit.recipe import ActivationScheme
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BEFORE_ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-6, torch.bfloat16: 2e-5}
 """Error of a number, as a share of the largest of its row, before it is rounded to the dtype."""
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tensor that a launch makes starts as NaN, or a large number: an element that is not written shows."""
-    new_empty = Tensor.new_empty
-
-    def poison(self: Tensor, *args: Any, **options: Any) -> Tensor:
-        fresh = new_empty(self, *args, **options)
-        return fresh.fill_(float("nan") if fresh.is_floating_point() else torch.iinfo(fresh.dtype).max // 3)
-
-    monkeypatch.setattr(Tensor, "new_empty", poison)
 
 
 def kronecker(left: int, right: int, dtype: torch.dtype, changed: bool = True) -> LayerInputs:

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from random_layers import exact_product, random_layer, relative_error
-from torch import Tensor
 
 from quantkit.kernels.lacking import Lacking
 from quantkit.kernels.triton import compat, configs, weight_only
 from quantkit.kernels.triton.configs import Config
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 SCHEMES = ["W8A16G32", "W8ZA16GC", "W4A16G128", "W4ZA16G64", "W4ZA16G96", "W3ZA16G128", "W3SA16GC", "W2ZA16G64",
            "W2SA16G32", "WNF4A16G64", "W8A8"]  # fmt: skip
@@ -25,18 +26,6 @@ SCHEMES = ["W8A16G32", "W8ZA16GC", "W4A16G128", "W4ZA16G64", "W4ZA16G96", "W3ZA1
 
 BOUND = {torch.float16: 4e-4, torch.float32: 1e-6}
 """Relative, for scales after the product: the output's rounding alone is 2e-4 in half."""
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tensor that a launch makes starts as NaN: an element that is not written shows."""
-    new_empty = Tensor.new_empty
-
-    def nans(self: Tensor, *args: object, **options: object) -> Tensor:
-        fresh = new_empty(self, *args, **options)
-        return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
-
-    monkeypatch.setattr(Tensor, "new_empty", nans)
 
 
 def use(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:

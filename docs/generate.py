@@ -168,6 +168,8 @@ def values_in_words(schema: Mapping[str, Any]) -> str:
         return f"`{schema['const']}`"
     if "$ref" in schema:
         return "mapping"
+    if "prefixItems" in schema:
+        return "list of " + "; ".join(values_in_words(one) for one in schema["prefixItems"])
     if schema.get("type") == "array":
         return f"list of {values_in_words(schema['items'])}"
     bounds = [f"{words} {schema[key]:g}" for key, words in _NUMBERS.items() if key in schema]

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 _TURNS = 4
+_CHUNK = 1 << 22
+"""Numbers in float64 at a time: 34 MB."""
 _DAMPING = 1e-3
 """Of the mean of the diagonal, added to it: directions that hardly occur are not blown up."""
 
@@ -29,7 +31,7 @@ def balanced_roots(inputs: Tensor, weights: Tensor, left: int) -> tuple[Tensor, 
         inputs: [tokens, left * right].
         weights: [rows, left * right], of all linears that read them.
     """
-    x, w = (matrix.double().view(len(matrix), left, -1) for matrix in (inputs, weights))
+    x, w = (matrix.view(len(matrix), left, -1) for matrix in (inputs, weights))
     g, h = (torch.eye(size, dtype=torch.float64) for size in x.shape[1:])
     for _ in range(_TURNS):
         g = _mean(_second(x, h), _second(w, torch.linalg.inv(h)))
@@ -38,9 +40,11 @@ def balanced_roots(inputs: Tensor, weights: Tensor, left: int) -> tuple[Tensor, 
 
 
 def _second(values: Tensor, metric: Tensor) -> Tensor:
-    """Sum of V @ metric @ V.T, damped."""
-    flat = (values @ metric).transpose(0, 1).flatten(1)
-    total = flat @ values.transpose(0, 1).flatten(1).mT
+    """Sum of V @ metric @ V.T, float64, damped; ``values`` [rows, a, b]."""
+    total = torch.zeros(values.shape[1], values.shape[1], dtype=torch.float64)
+    for part in values.split(max(1, _CHUNK // values[0].numel())):
+        wide = part.double()
+        total += (wide @ metric).transpose(0, 1).flatten(1) @ wide.transpose(0, 1).flatten(1).mT
     total = (total + total.mT) / 2
     return total + torch.eye(len(total), dtype=total.dtype) * (_DAMPING * total.diagonal().mean())
 

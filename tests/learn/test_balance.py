@@ -7,6 +7,7 @@ import torch
 from looked import gaussian
 from torch import Tensor
 
+from quantkit.learn import balance
 from quantkit.learn.balance import balanced_roots
 
 
@@ -51,6 +52,13 @@ def test_roots_are_symmetric_and_of_determinant_one() -> None:
         torch.testing.assert_close(root, root.mT)
         assert float(torch.linalg.eigvalsh(root).min()) > 0
         assert float(torch.linalg.det(root)) == pytest.approx(1.0)
+
+
+def test_rows_are_taken_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = balanced_roots(*sides(24), 4)
+    monkeypatch.setattr(balance, "_CHUNK", 7 * 24)
+    for one, other in zip(whole, balanced_roots(*sides(24), 4), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("case", ["few tokens", "no signal", "no weights", "tiny", "huge"])

@@ -70,7 +70,7 @@ class Skeleton:
         self.config: Any = self.model.config.get_text_config()
         self.class_name = type(self.model).__name__
         self.architecture = ARCHITECTURES.get(self.class_name)
-        self.blocks_path = self.architecture.blocks if self.architecture else _find_blocks(self.model, self.config)
+        self.blocks_path = blocks_path(self.model)
         self.num_blocks = len(self._block_list(self.model))
         self.names = NameMap(self.model, checkpoint.names, quantizer)
         self._sources = self._find_sources()
@@ -363,6 +363,16 @@ def _owner(model: PreTrainedModel, path: str) -> PreTrainedModel:
 def _configs(module: nn.Module) -> list[PreTrainedConfig]:
     """The configurations that modules refer to: shared with a copy of the module, not copied."""
     return [value for part in module.modules() for value in vars(part).values() if isinstance(value, PreTrainedConfig)]
+
+
+def blocks_path(model: PreTrainedModel) -> str:
+    """Path of the list of blocks of ``model``.
+
+    Raises:
+        QuantkitError: it has none.
+    """
+    known = ARCHITECTURES.get(type(model).__name__)
+    return known.blocks if known else _find_blocks(model, model.config.get_text_config())
 
 
 def _find_blocks(model: PreTrainedModel, config: Any) -> str:

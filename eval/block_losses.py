@@ -6,9 +6,9 @@
     own        the block takes what enters it in the unquantised model: what this block does by itself
     carried    it takes what the quantised blocks before it leave: what is left of all errors at this depth
 
-Both are the squared error over the mean of the channels' variances, as learned methods measure it (``tuning/losses.py``),
-on windows that nothing was calibrated on. Both models are in memory. Models whose residual stream a method rotates have
-no block outputs in common with the original and are refused.
+Both are the squared error over the mean of the channels' variances, as learned methods measure it
+(``tuning/losses.py``), on windows that nothing was calibrated on. Both models are in memory. Models whose residual
+stream a method rotates have no block outputs in common with the original and are refused.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ squares, is its diagonal case). Left and right take turns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,27 +26,34 @@ _DAMPING = 1e-3
 """Of the mean of the diagonal, added to it: directions that hardly occur are not blown up."""
 
 
-def balanced_roots(inputs: Tensor, weights: Tensor, left: int) -> tuple[Tensor, Tensor]:
+Scaled = tuple[Tensor, Tensor | float]
+"""A matrix of rows, and what its columns are divided by."""
+
+
+def balanced_roots(inputs: Sequence[Scaled], weights: Sequence[Scaled], left: int) -> tuple[Tensor, Tensor]:
     """Symmetric float64 roots of G [left, left] and H [right, right], each of determinant 1.
 
     Args:
-        inputs: [tokens, left * right].
-        weights: [rows, left * right], of all linears that read them.
+        inputs: matrices [tokens, left * right].
+        weights: matrices [rows, left * right], of all linears that read the inputs.
     """
-    x, w = (matrix.view(len(matrix), left, -1) for matrix in (inputs, weights))
-    g, h = (torch.eye(size, dtype=torch.float64) for size in x.shape[1:])
+    right = inputs[0][0].shape[1] // left
+    g, h = (torch.eye(size, dtype=torch.float64) for size in (left, right))
     for _ in range(_TURNS):
-        g = _mean(_second(x, h), _second(w, torch.linalg.inv(h)))
-        h = _mean(_second(x.mT, g), _second(w.mT, torch.linalg.inv(g)))
+        g = _mean(_second(inputs, h, left), _second(weights, torch.linalg.inv(h), left))
+        h = _mean(_second(inputs, g, left, right=True), _second(weights, torch.linalg.inv(g), left, right=True))
     return _power(g, 0.5), _power(h, 0.5)
 
 
-def _second(values: Tensor, metric: Tensor) -> Tensor:
-    """Sum of V @ metric @ V.T, float64, damped; ``values`` [rows, a, b]."""
-    total = torch.zeros(values.shape[1], values.shape[1], dtype=torch.float64)
-    for part in values.split(max(1, _CHUNK // values[0].numel())):
-        wide = part.double()
-        total += (wide @ metric).transpose(0, 1).flatten(1) @ wide.transpose(0, 1).flatten(1).mT
+def _second(matrices: Sequence[Scaled], metric: Tensor, left: int, right: bool = False) -> Tensor:
+    """Sum of V @ metric @ V.T, float64, damped, for every row V [left, -1]; ``right``: for its transpose."""
+    total: Tensor | float = 0.0
+    for matrix, scale in matrices:
+        for part in matrix.split(max(1, _CHUNK // matrix.shape[1])):
+            rows = (part / scale).double().view(len(part), left, -1)
+            rows = rows.mT if right else rows
+            total = total + (rows @ metric).transpose(0, 1).flatten(1) @ rows.transpose(0, 1).flatten(1).mT
+    total = torch.as_tensor(total)
     total = (total + total.mT) / 2
     return total + torch.eye(len(total), dtype=total.dtype) * (_DAMPING * total.diagonal().mean())
 

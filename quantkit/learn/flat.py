@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from quantkit.formats.layer import LayerInputs
 from quantkit.kernels import online
 from quantkit.kernels.reference import fake_quantize
-from quantkit.learn.balance import balanced_roots
+from quantkit.learn.balance import Scaled, balanced_roots
 from quantkit.learn.changes import FEWEST_ROWS, Change
 from quantkit.learn.fake_quant import LARGEST_START, Clip, InputRounding, round_weight, search_factors
 from quantkit.learn.functional import Tensors, fold_matrix, fold_site
@@ -116,11 +116,11 @@ class FlatBlock:
 
     def _balanced(self, own: PlaceParameters, left: int) -> tuple[Tensor, Tensor]:
         """``balanced_roots`` of a place that has scales alone so far."""
-        weights = []
+        weights: list[Scaled] = []
         for site in own.place.sites:
             scale = next((change.values()[0].detach() for change in own.changes if change.site is site), 1.0)
-            weights += [self._base[f"{name}.weight"] / scale for name in site.consumers if name in own.place.linears]
-        return balanced_roots(self._rows_of(own).detach(), torch.cat(weights), left)
+            weights += [(self._base[f"{name}.weight"], scale) for name in site.consumers if name in own.place.linears]
+        return balanced_roots([(self._rows_of(own).detach(), 1.0)], weights, left)
 
     def _rows_of(self, own: PlaceParameters) -> Tensor:
         """Inputs of a place from calibration, [rows, columns], behind all that is done to them but the rounding."""

@@ -19,6 +19,10 @@ def sides(width: int) -> tuple[Tensor, Tensor]:
     return inputs, weights
 
 
+def roots(inputs: Tensor, weights: Tensor, left: int) -> tuple[Tensor, Tensor]:
+    return balanced_roots([(inputs, 1.0)], [(weights, 1.0)], left)
+
+
 def product(inputs: Tensor, weights: Tensor, left: Tensor, right: Tensor) -> float:
     matrix = torch.kron(left, right)  # x @ P, P = left (x) right
     return float((inputs @ matrix).square().sum() * (weights @ torch.linalg.inv(matrix).mT).square().sum())
@@ -26,7 +30,7 @@ def product(inputs: Tensor, weights: Tensor, left: Tensor, right: Tensor) -> flo
 
 def test_nothing_near_is_better() -> None:
     inputs, weights = sides(24)
-    left, right = balanced_roots(inputs, weights, 4)
+    left, right = roots(inputs, weights, 4)
     least = product(inputs, weights, left, right)
     assert least < 0.3 * product(inputs, weights, torch.eye(4).double(), torch.eye(6).double())
     for seed in range(20):
@@ -38,7 +42,7 @@ def test_nothing_near_is_better() -> None:
 
 def test_a_single_factor_is_the_geometric_mean() -> None:
     inputs, weights = sides(8)
-    left, right = balanced_roots(inputs, weights, 1)
+    left, right = roots(inputs, weights, 1)
     assert left.tolist() == [[pytest.approx(1.0)]]
     mean = right @ right
     a, b = (m.mT @ m + 1e-3 * m.square().sum() / 8 * torch.eye(8) for m in (inputs, weights))  # as it is damped
@@ -47,7 +51,7 @@ def test_a_single_factor_is_the_geometric_mean() -> None:
 
 
 def test_roots_are_symmetric_and_of_determinant_one() -> None:
-    for root in balanced_roots(*sides(24), 4):
+    for root in roots(*sides(24), 4):
         assert root.dtype == torch.float64
         torch.testing.assert_close(root, root.mT)
         assert float(torch.linalg.eigvalsh(root).min()) > 0
@@ -55,9 +59,17 @@ def test_roots_are_symmetric_and_of_determinant_one() -> None:
 
 
 def test_rows_are_taken_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = balanced_roots(*sides(24), 4)
+    whole = roots(*sides(24), 4)
     monkeypatch.setattr(balance, "_CHUNK", 7 * 24)
-    for one, other in zip(whole, balanced_roots(*sides(24), 4), strict=True):
+    for one, other in zip(whole, roots(*sides(24), 4), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_matrices_are_scaled_and_taken_together() -> None:
+    inputs, weights = sides(24)
+    scale = gaussian(24, seed=6).double().exp()
+    parts = [(weights[:20] * scale, scale), (weights[20:], 1.0)]
+    for one, other in zip(roots(inputs, weights, 4), balanced_roots([(inputs, 1.0)], parts, 4), strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -68,6 +80,6 @@ def test_whatever_there_is_roots_are_finite(case: str) -> None:
         case, inputs
     )
     weights = weights * 0 if case == "no weights" else weights
-    for root in balanced_roots(inputs, weights, 4):
+    for root in roots(inputs, weights, 4):
         assert root.isfinite().all()
         assert float(torch.linalg.cond(root)) < 1e4
